@@ -1,0 +1,69 @@
+"""When experts are added and removed, and what a new one starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dynmoe_ds.errors import ConfigError
+
+Seeding = Literal["copy_nearest", "copy_most_loaded", "mean", "fresh"]
+SEEDINGS: tuple[str, ...] = ("copy_nearest", "copy_most_loaded", "mean", "fresh")
+NEW_THRESHOLDS: tuple[str, ...] = ("zero", "mean_of_live")
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptationConfig:
+    """Every `every_steps` optimiser steps an adaptation on the records of the last `window_steps` steps.
+
+    The defaults are Algorithm 1 of DynMoE: prune what nobody chose in the window, add one expert if any token chose
+    nobody, with gate row R_S / |R_S| and threshold 0. The paper leaves the feed-forward weights of the new expert open.
+
+    every_steps: optimiser steps between adaptations. window_steps: how many of the last of them are recorded.
+    rule: a registered rule. seeding: what the new expert's weights and moments start from. noise: standard deviation
+    of the noise on copied weights, as a fraction of the standard deviation of the copied tensor.
+    min_unrouted_share: share of the window's tokens that must have chosen nobody before an expert is added; 0 means
+    "any token", as in the paper. prune_below_share: prune experts whose load is below this fraction of the mean load
+    of the live experts; 0 means "chosen by nobody", as in the paper. new_threshold: threshold of a new expert.
+    last_growth_step: no expert is added after this step; None sets no end.
+    Source: arXiv 2405.14297 §3.2; the fields after `seeding` come from the study summed up in docs/decisions.md.
+    """
+
+    every_steps: int
+    window_steps: int
+    rule: str = "paper"
+    seeding: Seeding = "copy_nearest"
+    noise: float = 0.1
+    min_unrouted_share: float = 0.0
+    prune_below_share: float = 0.0
+    new_threshold: Literal["zero", "mean_of_live"] = "zero"
+    last_growth_step: int | None = None
+
+    def __post_init__(self) -> None:
+        faults = self.faults()
+        if faults:
+            raise ConfigError(faults)
+
+    def faults(self) -> list[str]:
+        """One sentence per value that cannot work."""
+        found = []
+        if self.every_steps < 1:
+            found.append(f"adaptation.every_steps is {self.every_steps} but must be at least 1.")
+        if not 1 <= self.window_steps <= max(self.every_steps, 1):
+            found.append(
+                f"adaptation.window_steps is {self.window_steps} but must be between 1 and "
+                f"adaptation.every_steps ({self.every_steps}): windows do not overlap."
+            )
+        if self.seeding not in SEEDINGS:
+            found.append(f"adaptation.seeding is {self.seeding!r}. Use one of {', '.join(SEEDINGS)}.")
+        if self.new_threshold not in NEW_THRESHOLDS:
+            found.append(f"adaptation.new_threshold is {self.new_threshold!r}. Use one of {', '.join(NEW_THRESHOLDS)}.")
+        if self.noise < 0:
+            found.append(f"adaptation.noise is {self.noise} but must not be negative.")
+        for name in ("min_unrouted_share", "prune_below_share"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                found.append(f"adaptation.{name} is {value} but must be at least 0 and below 1.")
+        if self.last_growth_step is not None and self.last_growth_step < 0:
+            found.append(f"adaptation.last_growth_step is {self.last_growth_step} but must not be negative.")
+        return found

@@ -1,0 +1,100 @@
+"""What an adaptation did, for logs and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
+from dynmoe_ds.adaptation.rules import tokens_per_expert
+from dynmoe_ds.moe import Placement
+from dynmoe_ds.routing import RoutingRecords
+
+UNROUTED_ALARM_SHARE = 0.05
+"""More tokens than this without an open gate, or more than `CROWDED_ALARM_SHARE` of the live experts per token, were seen
+in every run of the first study that failed to train well."""
+CROWDED_ALARM_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptationEvent:
+    """One adaptation. layers: by layer name, plain values as in `to_dict`. warnings: sentences for a person."""
+
+    step: int
+    window_steps: int
+    rule: str
+    layers: dict[str, dict[str, Any]]
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as plain values, ready for JSON."""
+        return {
+            "step": self.step,
+            "window_steps": self.window_steps,
+            "rule": self.rule,
+            "layers": self.layers,
+            "warnings": list(self.warnings),
+        }
+
+
+def describe(
+    plan: Plan,
+    *,
+    step: int,
+    window_steps: int,
+    rule: str,
+    records: Mapping[str, RoutingRecords],
+    before: Mapping[str, Placement],
+    after: Mapping[str, Placement],
+    full: frozenset[str],
+) -> AdaptationEvent:
+    """The event of a plan that has been carried out; `full` names the layers that had no free slot for an expert."""
+    layers, warnings = {}, []
+    for name, record in records.items():
+        items = plan.of_layer(name)
+        layers[name] = {
+            "pruned": [item.expert_id for item in items if isinstance(item, Prune)],
+            "grown": [_grown(item, after[name]) for item in items if isinstance(item, Grow)],
+            "moved": [
+                {"expert_id": i.expert_id, "from_slot": before[name].slot_of(i.expert_id), "to_slot": i.to_slot}
+                for i in items
+                if isinstance(i, Move)
+            ],
+            "live_before": len(before[name].live_ids),
+            "live_after": len(after[name].live_ids),
+            "num_slots": after[name].num_slots,
+            "tokens_per_expert": {str(id_): n for id_, n in tokens_per_expert(record, before[name]).items()},
+            "num_tokens": int(record.num_tokens),
+            "num_unrouted": int(record.num_unrouted),
+            "mean_k": record.mean_k,
+            "out_of_slots": name in full,
+        }
+        warnings += alarms(name, record, num_live=len(before[name].live_ids))
+    return AdaptationEvent(step=step, window_steps=window_steps, rule=rule, layers=layers, warnings=tuple(warnings))
+
+
+def alarms(layer: str, record: RoutingRecords, *, num_live: int) -> list[str]:
+    """Signs that routing goes wrong, one sentence each."""
+    found = []
+    if record.unrouted_share > UNROUTED_ALARM_SHARE:
+        found.append(
+            f"{layer}: {record.unrouted_share:.1%} of the tokens have no open gate. Thresholds may be running away; "
+            "router=top_any_recommended trains more evenly."
+        )
+    if num_live > 1 and record.mean_k > CROWDED_ALARM_SHARE * num_live:
+        found.append(
+            f"{layer}: tokens use {record.mean_k:.2f} of {num_live} experts on average, nearly all of them. Raise "
+            "router.price_weight, or use router=top_any_recommended."
+        )
+    return found
+
+
+def _grown(item: Grow, placement: Placement) -> dict[str, Any]:
+    return {
+        "expert_id": item.expert_id,
+        "slot": item.slot,
+        "rank": placement.rank_of(item.slot),
+        "parent_id": item.parent_id,
+        "seeding": item.seeding,
+    }

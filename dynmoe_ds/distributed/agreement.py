@@ -1,0 +1,60 @@
+"""Making sure that all ranks hold the same thing, with an error on all of them if they do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from dynmoe_ds.errors import DivergenceError
+
+
+def assert_same_on_all_ranks(what: str, values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Compare `values` (anything that JSON can hold) over the ranks of `group`.
+
+    Collective: every rank of `group`; without torch.distributed it does nothing. Raises: DivergenceError on every rank
+    that names each differing key with the values and the ranks that hold them.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    own = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    if differences := _differences(everyone):
+        raise DivergenceError(f"The ranks disagree on {what}. " + " ".join(differences) + " Start all ranks alike.")
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank if any rank has an error, so that nobody waits for a rank that has stopped.
+
+    Collective: every rank of `group`. Raises: this rank's own error, else a DivergenceError that quotes the others'.
+    """
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}", group=group)
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
+    else:
+        failures = []
+    if error is not None:
+        raise error
+    if failures:
+        raise DivergenceError("Another rank failed, so this one stops too. " + "; ".join(failures))
+
+
+def _differences(everyone: list[dict[str, str]]) -> list[str]:
+    keys = sorted(set().union(*everyone))
+    found = []
+    for key in keys:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, values in enumerate(everyone):
+            ranks_by_value.setdefault(values.get(key, "absent"), []).append(rank)
+        if len(ranks_by_value) > 1:
+            held = ", ".join(f"{_short(v)} on rank {', '.join(map(str, r))}" for v, r in ranks_by_value.items())
+            found.append(f"{key} is {held}.")
+    return found
+
+
+def _short(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,221 @@
+"""`dynmoe_ds.initialize`: `deepspeed.initialize` for models with `MoELayer`s."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from dynmoe_ds.adaptation import AdaptationConfig
+from dynmoe_ds.adaptation.rules import rule_named
+from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise_together
+from dynmoe_ds.engine import seam
+from dynmoe_ds.engine.engine import Engine
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.moe import MoELayer, PaddingMask
+
+_log = logging.getLogger(__name__)
+
+ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def initialize(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | Path,
+    adaptation: AdaptationConfig | None = None,
+    *,
+    model_parameters: ParamGroups | None = None,
+    optimizer: Any = None,
+    lr_scheduler: Any = None,
+    timeout_s: float = 600.0,
+) -> Engine:
+    """An engine that trains `model` under DeepSpeed, with experts that grow and are pruned if `adaptation` is given.
+
+    model: any module with `MoELayer`s in it. config: DeepSpeed's configuration, a dictionary or the path of its JSON
+    file; ZeRO 0 to 3, float32 or bf16. model_parameters: parameters or optimiser groups, by default all that require a
+    gradient. optimizer, lr_scheduler: as in `deepspeed.initialize`. timeout_s: how long a rank waits for another one,
+    where torch.distributed is not initialised yet.
+
+    Differs from DeepSpeed: gradients are not clipped unless `gradient_clipping` says so (DeepSpeed clips to 1.0), and
+    on a CPU Adam is torch's, which needs no compiler.
+
+    Collective: every rank. Raises: ConfigError for what cannot work, DivergenceError if the ranks differ in
+    configuration or model; on every rank, before anything is shared.
+    """
+    seam.init_distributed(timeout_s)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    error: ConfigError | None = None
+    try:
+        settings = _read_config(config)
+        faults = _faults(settings, layers, adaptation)
+        if faults:
+            error = ConfigError(faults)
+    except ConfigError as e:
+        error = e
+    raise_together(error)
+    assert_same_on_all_ranks("the configuration of the run", _fingerprint(settings, model, layers, adaptation))
+
+    stage = _stage(settings)
+    clipping = float(settings.setdefault("gradient_clipping", 0.0))
+    if stage == 0:
+        settings["gradient_clipping"] = 0.0  # the engine clips by itself: see engine/clipping.py
+    _prefer_torch_adam(settings)
+    for name, layer in layers.items():
+        layer.name = name
+    _share_seeds(layers)
+    seam.attach(layers.values(), stage)
+    padding = _watch_padding(model, layers)
+
+    groups = _param_groups(model, model_parameters)
+    if layers and stage < 3:
+        groups = seam.split_expert_groups(groups)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.param_groups[:] = seam.split_expert_groups(optimizer.param_groups)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings
+    )
+    if stage == 3:
+        seam.check_partitioning(layers.values())
+    _undo_construction_step(engine)
+    return Engine(engine, layers, adaptation, padding, clipping)
+
+
+def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """A deep copy of DeepSpeed's configuration."""
+    if isinstance(config, Mapping):
+        return json.loads(json.dumps(dict(config)))
+    try:
+        return json.loads(Path(config).read_text())
+    except OSError as e:
+        raise ConfigError(f"DeepSpeed's configuration {config} cannot be read: {e.strerror}.") from e
+    except ValueError as e:
+        raise ConfigError(f"DeepSpeed's configuration {config} is not valid JSON: {e}.") from e
+
+
+def _stage(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def _faults(
+    settings: Mapping[str, Any], layers: Mapping[str, MoELayer], adaptation: AdaptationConfig | None
+) -> list[str]:
+    zero = settings.get("zero_optimization", {})
+    found = []
+    if _stage(settings) not in (0, 1, 2, 3):
+        found.append(f"zero_optimization.stage is {zero.get('stage')}. Use 0, 1, 2 or 3.")
+    if settings.get("fp16", {}).get("enabled"):
+        found.append("fp16 is enabled but experts are trained in float32 or bfloat16. Use bf16.")
+    for device in ("offload_optimizer", "offload_param"):
+        if zero.get(device, {}).get("device", "none") not in ("none", None):
+            found.append(
+                f"zero_optimization.{device} is set, but experts grow and are pruned in optimiser state on the "
+                "device only. Remove it."
+            )
+    if _stage(settings) == 3:
+        # DeepSpeed checks these for its own experts only.
+        if zero.get("zero_hpz_partition_size", 1) > 1:
+            found.append("zero_optimization.zero_hpz_partition_size does not work with experts at ZeRO-3. Remove it.")
+        if zero.get("zero_quantized_gradients"):
+            found.append("zero_optimization.zero_quantized_gradients does not work with experts at ZeRO-3. Remove it.")
+        if settings.get("sequence_parallel_size", 1) > 1:
+            found.append("sequence_parallel_size does not work with experts at ZeRO-3. Use 1.")
+    world_size = dist.get_world_size()
+    for name, layer in layers.items():
+        if fault := ep_size_fault(layer.ep_size, world_size):
+            found.append(f"{name}: {fault}")
+    if adaptation is not None:
+        if not layers:
+            found.append("adaptation is given but the model has no MoELayer.")
+        try:
+            rule_named(adaptation.rule)
+        except ConfigError as e:
+            found += e.faults
+    return found
+
+
+def _fingerprint(
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    layers: Mapping[str, MoELayer],
+    adaptation: AdaptationConfig | None,
+) -> dict[str, Any]:
+    """What must be equal on all ranks, in words that tell a person where to look."""
+    values: dict[str, Any] = {f"deepspeed.{key}": value for key, value in settings.items()}
+    for key, value in (asdict(adaptation) if adaptation else {"adaptation": None}).items():
+        values[f"adaptation.{key}"] = value
+    for name, layer in layers.items():
+        router = layer.router.config
+        values[name] = {
+            "hidden_size": layer.hidden_size,
+            "ffn_hidden_size": layer.ffn_hidden_size,
+            "num_slots": layer.num_slots,
+            "ep_size": layer.ep_size,
+            "expert": layer.expert_kind,
+            "expert_ids": layer.placement.expert_ids,
+            "router": [type(router).__name__, asdict(router) if is_dataclass(router) else str(router)],
+        }
+    shapes = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    values["model parameters"] = {
+        "count": len(shapes),
+        "sha256": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+    }
+    return values
+
+
+def _prefer_torch_adam(settings: dict[str, Any]) -> None:
+    """On a CPU, DeepSpeed's Adam is compiled at the first use; torch's does the same without a compiler."""
+    optimizer = settings.get("optimizer")
+    if optimizer and get_accelerator().device_name() == "cpu" and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+
+
+def _share_seeds(layers: Mapping[str, MoELayer]) -> None:
+    """One seed per layer for all ranks: replicas must draw the same noise for a new expert."""
+    seeds = [[layer.seed for layer in layers.values()]]
+    dist.broadcast_object_list(seeds, src=0)
+    for layer, seed in zip(layers.values(), seeds[0], strict=True):
+        layer.seed = seed
+
+
+def _watch_padding(model: nn.Module, layers: Mapping[str, MoELayer]) -> PaddingMask:
+    padding = PaddingMask()
+    padding.watch(model)
+    for layer in layers.values():
+        layer.padding = padding
+    return padding
+
+
+def _param_groups(model: nn.Module, model_parameters: ParamGroups | None) -> list[dict[str, Any]]:
+    given: list[Any] = list(model.parameters() if model_parameters is None else model_parameters)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    trained = []
+    for group in groups:
+        params = [param for param in group["params"] if param.requires_grad]
+        if params:
+            trained.append({**group, "params": params})
+    if not trained:
+        raise ConfigError("No parameter requires a gradient, so there is nothing to train.")
+    return trained
+
+
+def _undo_construction_step(engine: Any) -> None:
+    """Undo the step on zero gradients that DeepSpeed takes in bfloat16 at ZeRO-0 while it is being built.
+
+    It decays the masters before training and leaves Adam's step count at 1.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0 and hasattr(optimizer, "fp32_groups"):
+        optimizer.optimizer.state.clear()
+        for model_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for param, master in zip(model_group, master_group, strict=True):
+                master.data.copy_(param.data)

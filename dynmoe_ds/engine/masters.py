@@ -1,0 +1,172 @@
+"""Rows of float32 masters and optimiser moments, at every ZeRO stage of an unmodified DeepSpeed.
+
+DeepSpeed's own `safe_get_*` and `safe_set_*` fail on experts at ZeRO-1 and 2, do nothing at ZeRO-0, hang at 4 ranks
+before the first step, and leave the model's own copy stale until the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynmoe_ds.adaptation.surgery import WEIGHT, State, full_shape
+from dynmoe_ds.engine.seam import sharing_group
+from dynmoe_ds.errors import SurgeryError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fragment:
+    """The part of a parameter whose optimiser state is on this rank: elements [start, stop) of the flattened parameter.
+
+    master and the entries of state are flat float32 views of that part.
+    """
+
+    start: int
+    stop: int
+    master: Tensor
+    state: dict[str, Tensor]
+
+
+class EngineMasters:
+    """Reads and writes rows of one DeepSpeed engine's masters and moments. Use only between `step()` and a forward."""
+
+    def __init__(self, deepspeed_engine: Any) -> None:
+        self._stage: int = deepspeed_engine.zero_optimization_stage()
+        self._optimizer = deepspeed_engine.optimizer
+        # At ZeRO-0 in float32 DeepSpeed steps the optimiser itself; otherwise it wraps it.
+        self._basic = getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def state_names(self) -> tuple[str, ...]:
+        """The optimiser's entries per element, such as `exp_avg`; none before its first step."""
+        names = set()
+        for key, entries in self._basic.state.items():
+            names |= {name for name, value in entries.items() if torch.is_tensor(value) and value.shape == key.shape}
+        return tuple(sorted(names))
+
+    @torch.no_grad()
+    def read(self, param: nn.Parameter, start: int, stop: int) -> State:
+        """Rows [start, stop) of master (`weight`) and state, float32, on the parameter's device.
+
+        Collective from ZeRO-1 on: the parameter's replicas, after the first optimiser step.
+        """
+        names = (WEIGHT, *self.state_names())
+        rows_shape = (stop - start, *full_shape(param)[1:])
+        low, high = self._range(param, start, stop)
+        buffer = torch.zeros(len(names), high - low, device=param.device)
+        fragment = self._fragment(param)
+        if fragment is not None:
+            a, b = max(low, fragment.start), min(high, fragment.stop)
+            if a < b:
+                for line, name in zip(buffer, names, strict=True):
+                    source = fragment.master if name == WEIGHT else fragment.state.get(name)
+                    if source is not None:
+                        line[a - low : b - low] = source[a - fragment.start : b - fragment.start]
+        if self._stage > 0:
+            # Every element is on one rank of the group and zero on the others.
+            dist.all_reduce(buffer, group=sharing_group(param))
+        return {name: line.view(rows_shape) for name, line in zip(names, buffer, strict=True)}
+
+    @torch.no_grad()
+    def write(self, param: nn.Parameter, start: int, stop: int, state: State) -> None:
+        """Set rows [start, stop) of master, state and the model's own copy. Local; all replicas must give the same."""
+        low, high = self._range(param, start, stop)
+        fragment = self._fragment(param)
+        if fragment is not None:
+            a, b = max(low, fragment.start), min(high, fragment.stop)
+            if a < b:
+                for name, value in state.items():
+                    target = fragment.master if name == WEIGHT else fragment.state.get(name)
+                    if target is not None:
+                        target[a - fragment.start : b - fragment.start] = value.reshape(-1)[a - low : b - low]
+        self._write_model_copy(param, low, high, state[WEIGHT].reshape(-1), fragment)
+
+    def _write_model_copy(
+        self, param: nn.Parameter, low: int, high: int, value: Tensor, fragment: _Fragment | None
+    ) -> None:
+        """The weight that the next forward uses, in the model's dtype."""
+        if not _is_zero3(param):
+            param.data.view(-1)[low:high] = value.to(param.dtype)
+            return
+        if fragment is not None:
+            a, b = max(low, fragment.start), min(high, fragment.stop)
+            if a < b:
+                shard = param.ds_tensor.data  # type: ignore[attr-defined]
+                shard[a - fragment.start : b - fragment.start] = value[a - low : b - low].to(shard.dtype)
+        if param.data.numel() == param.ds_numel:  # type: ignore[attr-defined]
+            # Small parameters stay gathered between steps, and then the full copy is what a forward reads.
+            param.data.view(-1)[low:high] = value.to(param.dtype)
+
+    @staticmethod
+    def _range(param: nn.Parameter, start: int, stop: int) -> tuple[int, int]:
+        per_row = prod(full_shape(param)[1:])
+        return start * per_row, stop * per_row
+
+    def _fragment(self, param: nn.Parameter) -> _Fragment | None:
+        """None when this rank holds no element of the parameter's state. Raises: SurgeryError for an unknown optimiser."""
+        if _is_zero3(param):
+            return self._zero3_fragment(param)
+        if hasattr(param, "_hp_mapping"):
+            return self._zero12_fragment(param)
+        if self._stage == 0:
+            return self._zero0_fragment(param)
+        raise SurgeryError(
+            f"Experts cannot grow or be pruned with {type(self._optimizer).__name__} at ZeRO-{self._stage}: its "
+            "float32 masters were not found. Use Adam or AdamW without offloading."
+        )
+
+    def _zero3_fragment(self, param: Any) -> _Fragment | None:
+        optimizer = self._optimizer
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        size = param.ds_tensor.ds_numel
+        start = optimizer._get_param_partition_rank(param) * size
+        stop = min(start + size, param.ds_numel)
+        return self._of_flat(flat, offset, start, stop) if start < stop else None
+
+    def _zero12_fragment(self, param: Any) -> _Fragment | None:
+        mapping = param._hp_mapping
+        if mapping is None:
+            return None
+        optimizer = self._optimizer
+        flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        # Read from the flat state: DeepSpeed links fragments for the first group only.
+        start = mapping.lp_fragment_address.start
+        stop = start + mapping.lp_fragment_address.numel
+        return self._of_flat(flats[mapping.param_group_index], mapping.hp_fragment_address.start, start, stop)
+
+    def _zero0_fragment(self, param: nn.Parameter) -> _Fragment:
+        optimizer = self._optimizer
+        if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer: one master per parameter
+            for model_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for model_param, master in zip(model_group, master_group, strict=True):
+                    if model_param is param:
+                        return self._of_tensor(master)
+        if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer: one flat master per group
+            for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+                offset = 0
+                for model_param in group:
+                    if model_param is param:
+                        return self._of_flat(flat, offset, 0, param.numel())
+                    offset += model_param.numel()
+        return self._of_tensor(param)  # float32: the parameter is its own master
+
+    def _of_flat(self, flat: Tensor, offset: int, start: int, stop: int) -> _Fragment:
+        state = {name: value.narrow(0, offset, stop - start) for name, value in self._entries(flat).items()}
+        return _Fragment(start=start, stop=stop, master=flat.data.narrow(0, offset, stop - start), state=state)
+
+    def _of_tensor(self, master: Tensor) -> _Fragment:
+        state = {name: value.view(-1) for name, value in self._entries(master).items()}
+        return _Fragment(start=0, stop=master.numel(), master=master.data.view(-1), state=state)
+
+    def _entries(self, key: Tensor) -> dict[str, Tensor]:
+        entries = self._basic.state.get(key, {})
+        return {name: value for name, value in entries.items() if torch.is_tensor(value) and value.shape == key.shape}
+
+
+def _is_zero3(param: nn.Parameter) -> bool:
+    return hasattr(param, "ds_id")

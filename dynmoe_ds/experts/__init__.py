@@ -1,0 +1,21 @@
+"""Experts: feed-forward networks with stacked parameters, one entry per slot of this rank."""
+
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.experts.experts import Experts, seeded_generator
+from dynmoe_ds.experts.gelu import GELUExperts
+from dynmoe_ds.experts.swiglu import SwiGLUExperts
+
+EXPERT_KINDS: dict[str, type[SwiGLUExperts] | type[GELUExperts]] = {"swiglu": SwiGLUExperts, "gelu": GELUExperts}
+
+
+def build_experts(kind: str, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> Experts:
+    """Experts of a kind, all zero; `MoELayer` fills the live slots.
+
+    Raises: ConfigError for an unknown kind or a size below 1.
+    """
+    if kind not in EXPERT_KINDS:
+        raise ConfigError(f"There is no expert called {kind!r}. Use one of {', '.join(EXPERT_KINDS)}.")
+    return EXPERT_KINDS[kind](num_local_slots, hidden_size, ffn_hidden_size)
+
+
+__all__ = ["EXPERT_KINDS", "Experts", "GELUExperts", "SwiGLUExperts", "build_experts", "seeded_generator"]

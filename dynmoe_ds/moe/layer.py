@@ -1,0 +1,171 @@
+"""The mixture-of-experts layer: router, dispatch and experts behind the interface of an MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynmoe_ds.dispatch import run_all_to_all, run_local
+from dynmoe_ds.distributed import current_layout, expert_parallel_group
+from dynmoe_ds.errors import ConfigError, PlacementError, RoutingError
+from dynmoe_ds.experts import build_experts, seeded_generator
+from dynmoe_ds.moe.ledger import recording_ledger
+from dynmoe_ds.moe.padding import PaddingMask
+from dynmoe_ds.moe.placement import Placement
+from dynmoe_ds.routing import RouterConfig, build_router
+
+
+class MoELayer(nn.Module):
+    """A mixture of experts that takes an MLP's place: `y = layer(x)`, x [..., D] -> y [..., D] of the same dtype.
+
+        layer = MoELayer(hidden_size=512, ffn_hidden_size=1024, num_experts=4, num_slots=16, ep_size=2)
+
+    num_experts: live experts at the start. num_slots: places for experts over the whole expert-parallel group, a
+    multiple of `ep_size`. ep_size: neighbouring ranks that share the experts; each holds num_slots / ep_size slots.
+    router: a registered name or a router's configuration. expert: `swiglu` or `gelu`. seed: initial weights are a
+    function of it and of the expert's id alone, whatever the layout; None draws one from torch's default generator,
+    so that `torch.manual_seed` governs it.
+
+    Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on, the slots of this rank.
+    `active` [S] bool: the live slots, equal on all ranks.
+
+    With ep_size above 1 every call is collective over the expert-parallel group (and the first call over all ranks,
+    unless `dynmoe_ds.initialize` has made the groups): call it on all its ranks, if need be with zero tokens.
+
+    Raises: ConfigError for sizes that cannot work.
+    """
+
+    active: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_experts: int,
+        num_slots: int,
+        ep_size: int = 1,
+        router: str | RouterConfig = "top_any",
+        expert: str = "swiglu",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if faults := layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size):
+            raise ConfigError(faults)
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
+        self.num_slots, self.ep_size, self.expert_kind = num_slots, ep_size, expert
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.name: str | None = None
+        self.ep_group: dist.ProcessGroup | None = None
+        self.padding: PaddingMask | None = None
+        self.local_slots = current_layout(ep_size).local_slots(num_slots)
+
+        self.experts = build_experts(expert, len(self.local_slots), hidden_size, ffn_hidden_size)
+        self.router = build_router(router, hidden_size, num_slots)
+        self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool))
+        self.placement = Placement.initial(num_experts, num_slots, ep_size)
+        self._fill_live_slots()
+
+    @property
+    def placement(self) -> Placement:
+        """Which slot holds which expert; setting it sets `active`. Weights are not touched."""
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        if (placement.num_slots, placement.ep_size) != (self.num_slots, self.ep_size):
+            raise PlacementError(
+                f"The placement is for {placement.num_slots} slots on {placement.ep_size} ranks, but the layer has "
+                f"{self.num_slots} slots on {self.ep_size} ranks."
+            )
+        self._placement = placement
+        live = [expert_id is not None for expert_id in placement.expert_ids]
+        self.active.copy_(torch.tensor(live))
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """y [..., D] for x [..., D]. token_mask [...] bool: True is a real token; padding gives zeros and counts nowhere.
+
+        A token that chooses no expert gives zeros in training, unless the router has a fallback.
+        Raises: RoutingError for a wrong width, a token mask of another shape, or a reentrant activation checkpoint.
+        """
+        if x.shape[-1:] != (self.hidden_size,):
+            raise RoutingError(f"The input has shape {list(x.shape)} but its last size must be {self.hidden_size}.")
+        hidden = x.reshape(-1, self.hidden_size)
+        real = self._real_tokens(x, token_mask)
+        routing = self.router(hidden, self.active, real)
+        if ledger := recording_ledger(self):
+            ledger.add(self, routing, hidden, real)
+        if self.ep_size == 1:
+            y = run_local(hidden, routing, self.experts)
+        else:
+            if self.ep_group is None:
+                self._join_group()
+            y = run_all_to_all(hidden, routing, self.experts, self.ep_group)
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.placement.live_ids)} live of {self.num_slots} slots, ep_size={self.ep_size}, "
+            f"D={self.hidden_size}, F={self.ffn_hidden_size}"
+        )
+
+    def _real_tokens(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """[T] bool, False for padding; None if all tokens are real."""
+        if token_mask is None:
+            token_mask = self.padding.for_hidden(tuple(x.shape[:-1])) if self.padding else None
+        elif token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]:
+            raise RoutingError(
+                f"token_mask is {token_mask.dtype} of shape {list(token_mask.shape)} but must be torch.bool of shape "
+                f"{list(x.shape[:-1])}, True for real tokens."
+            )
+        return None if token_mask is None else token_mask.reshape(-1)
+
+    def _join_group(self) -> None:
+        if not dist.is_initialized():
+            raise RoutingError(
+                f"ep_size is {self.ep_size} but torch.distributed is not initialised. Call dynmoe_ds.initialize or "
+                "torch.distributed.init_process_group first."
+            )
+        self.ep_group = expert_parallel_group(self.ep_size)
+
+    @torch.no_grad()
+    def _fill_live_slots(self) -> None:
+        first = self.local_slots.start
+        rows = orthonormal_rows(self.placement.next_id, self.hidden_size, self.seed)
+        for expert_id, slot in self.placement.slots_by_id.items():
+            self.router.weight[slot] = rows[expert_id]
+            if slot in self.local_slots:
+                for name, value in self.experts.initial(self.seed, expert_id).items():
+                    self.experts.get_parameter(name)[slot - first] = value
+
+
+def layer_faults(*, num_experts: int, num_slots: int, ep_size: int) -> list[str]:
+    """What is wrong with the sizes of a pool, one sentence each; whether `ep_size` fits the ranks is asked elsewhere."""
+    found = []
+    if num_slots < 1 or not 1 <= num_experts <= num_slots:
+        found.append(f"num_experts is {num_experts} but must be between 1 and num_slots ({num_slots}).")
+    if ep_size < 1:
+        found.append(f"ep_size is {ep_size} but must be at least 1.")
+    elif num_slots % ep_size != 0:
+        found.append(
+            f"num_slots is {num_slots} but must be a multiple of ep_size ({ep_size}). "
+            f"Use {max(num_slots // ep_size, 1) * ep_size} or {(num_slots // ep_size + 1) * ep_size}."
+        )
+    return found
+
+
+def orthonormal_rows(num_rows: int, hidden_size: int, seed: int) -> Tensor:
+    """Gate rows [K, D] of length 1, each at right angles to all earlier ones as long as there are at most D of them.
+
+    Row e depends on the seed and on e alone (Gram-Schmidt over rows 0 … e), never on K. Orthogonal rows let a token
+    with threshold 0 start with about half of all experts.
+    """
+    rows = torch.zeros(num_rows, hidden_size, dtype=torch.float64)
+    for e in range(num_rows):
+        row = torch.randn(hidden_size, generator=seeded_generator(seed, e, "gate"), dtype=torch.float64)
+        if e < hidden_size:
+            for _ in range(2):  # twice is enough for full precision
+                row = row - rows[:e].T @ (rows[:e] @ row)
+        rows[e] = row / torch.linalg.vector_norm(row)
+    return rows.float()

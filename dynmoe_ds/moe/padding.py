@@ -1,0 +1,67 @@
+"""Telling the layers inside a model which tokens are padding."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynmoe_ds.errors import RoutingError
+from dynmoe_ds.moe.ledger import in_backward
+
+_log = logging.getLogger(__name__)
+
+
+class PaddingMask:
+    """The `attention_mask` [B, L] of the model's current forward pass, shared by its `MoELayer`s.
+
+    An MLP inside a Hugging Face decoder is called with hidden states alone, so the mask is taken where it enters the
+    model. It stays until the next forward pass, because activation checkpointing recomputes after the model has
+    returned, and recomputation must see the same padding.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._is_ambiguous = False
+        self._has_warned = False
+
+    def watch(self, model: nn.Module) -> RemovableHandle:
+        """Take the mask from every call of `model`, until the handle is removed."""
+        return model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+
+    def backward_done(self) -> None:
+        """Forget that earlier forward passes still wait for their backward pass."""
+        self._is_ambiguous = False
+        self._mask = None
+
+    def for_hidden(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask as bool for hidden states of leading shape [B, L], None where there is none that fits.
+
+        Raises: RoutingError when a checkpoint recomputes and several forward passes with padding are open.
+        """
+        if self._mask is None:
+            return None
+        if self._is_ambiguous and in_backward():
+            raise RoutingError(
+                "Activation checkpointing recomputes while several forward passes with different padding wait for "
+                "their backward pass, so it is not known which padding to use. Call backward after each forward, or "
+                "pass token_mask to the layer."
+            )
+        if tuple(self._mask.shape) != shape:
+            if not self._has_warned and len(shape) == 2:
+                _log.warning(
+                    "The model got an attention_mask of shape %s but a MoELayer sees tokens of shape %s: padding is "
+                    "routed there like real tokens. Pass token_mask to the layer.", tuple(self._mask.shape), shape
+                )
+                self._has_warned = True
+            return None
+        return self._mask.bool()
+
+    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if model.training:
+            self._is_ambiguous = self._is_ambiguous or (self._mask is not None and mask is not self._mask)
+        self._mask = mask

@@ -1,0 +1,103 @@
+"""Placement: which slot holds which expert. Ids are permanent and never used again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from dynmoe_ds.errors import PlacementError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """expert_ids: one entry per slot of the pool, None for a free slot. next_id: the id of the next expert to be born.
+
+    Slots [r·S/EP, (r+1)·S/EP) are on rank r of an expert-parallel group of `ep_size` ranks.
+    """
+
+    expert_ids: tuple[int | None, ...]
+    next_id: int
+    ep_size: int
+
+    @classmethod
+    def initial(cls, num_experts: int, num_slots: int, ep_size: int) -> Placement:
+        """Experts 0 … K−1 spread evenly over the pool: slot ⌊e·S/K⌋ holds expert e.
+
+        So every layout starts with equal numbers of experts per rank, and all layouts with the same slots.
+        """
+        ids: list[int | None] = [None] * num_slots
+        for expert_id in range(num_experts):
+            ids[expert_id * num_slots // num_experts] = expert_id
+        return cls(expert_ids=tuple(ids), next_id=num_experts, ep_size=ep_size)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.expert_ids)
+
+    @property
+    def slots_by_id(self) -> dict[int, int]:
+        """Slot of every live expert, by id in ascending order."""
+        return dict(sorted((id_, slot) for slot, id_ in enumerate(self.expert_ids) if id_ is not None))
+
+    @property
+    def live_ids(self) -> tuple[int, ...]:
+        """Ids of the live experts, ascending."""
+        return tuple(self.slots_by_id)
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        return tuple(slot for slot, id_ in enumerate(self.expert_ids) if id_ is None)
+
+    def slot_of(self, expert_id: int) -> int:
+        """Raises: PlacementError if the expert is not live."""
+        if expert_id not in self.slots_by_id:
+            raise PlacementError(f"Expert {expert_id} is not live. Live experts: {_listed(self.live_ids)}.")
+        return self.slots_by_id[expert_id]
+
+    def rank_of(self, slot: int) -> int:
+        """Rank within the expert-parallel group that holds a slot."""
+        return slot // (self.num_slots // self.ep_size)
+
+    def least_loaded_free_slot(self, load_by_slot: Mapping[int, int]) -> int | None:
+        """A free slot on the rank with the fewest live experts, then the smallest load, then the lowest number.
+
+        load_by_slot: tokens per live slot. None when the pool is full.
+        """
+        def cost(slot: int) -> tuple[int, int, int]:
+            live = [s for s, id_ in enumerate(self.expert_ids) if id_ is not None and self.rank_of(s) == self.rank_of(slot)]
+            return len(live), sum(load_by_slot.get(s, 0) for s in live), slot
+
+        return min(self.free_slots, key=cost, default=None)
+
+    def with_new_expert(self, slot: int) -> Placement:
+        """A new expert with the next id in a free slot. Raises: PlacementError if the slot is taken or does not exist."""
+        self._check_free(slot)
+        return replace(self._with(slot, self.next_id), next_id=self.next_id + 1)
+
+    def without(self, expert_id: int) -> Placement:
+        """The slot of an expert set free. Raises: PlacementError if it is not live or the last one."""
+        slot = self.slot_of(expert_id)
+        if len(self.live_ids) == 1:
+            raise PlacementError(f"Expert {expert_id} is the last live expert and cannot be pruned.")
+        return self._with(slot, None)
+
+    def moved(self, expert_id: int, to_slot: int) -> Placement:
+        """An expert in another, free slot. Raises: PlacementError if it is not live or the slot is not free."""
+        from_slot = self.slot_of(expert_id)
+        self._check_free(to_slot)
+        return self._with(to_slot, expert_id)._with(from_slot, None)
+
+    def _with(self, slot: int, expert_id: int | None) -> Placement:
+        return replace(self, expert_ids=(*self.expert_ids[:slot], expert_id, *self.expert_ids[slot + 1 :]))
+
+    def _check_free(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise PlacementError(f"Slot {slot} does not exist: the pool has slots 0 to {self.num_slots - 1}.")
+        if self.expert_ids[slot] is not None:
+            raise PlacementError(
+                f"Slot {slot} holds expert {self.expert_ids[slot]}. Free slots: {_listed(self.free_slots)}."
+            )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

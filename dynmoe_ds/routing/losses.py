@@ -1,0 +1,48 @@
+"""Auxiliary losses of routers, as pure functions on masked tensors. None of them waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit_rows(weight: Tensor, active: Tensor) -> Tensor:
+    """Rows of `weight` [S, D] scaled to length 1, zero for free slots (`active` [S] bool) and for zero rows."""
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12)
+    return torch.where(active[:, None], weight / norm, 0.0)
+
+
+def diversity(rows: Tensor, active: Tensor) -> Tensor:
+    """`||Ŵ Ŵᵀ − I_K||_F` of the live rows `rows` [S, D], which must be of length 1 and zero for free slots.
+
+    Source: arXiv 2405.14297 §3.3.
+    """
+    return torch.linalg.vector_norm(rows @ rows.T - torch.diag(active.to(rows.dtype)))
+
+
+def simplicity(weight: Tensor, active: Tensor) -> Tensor:
+    """Mean length of the live rows of `weight` [S, D]: `(1/K) Σ_e |w_e|`.
+
+    Source: arXiv 2405.14297 §3.3.
+    """
+    lengths = torch.linalg.vector_norm(weight, dim=1)
+    return torch.where(active, lengths, 0.0).sum() / active.sum().clamp_min(1)
+
+
+def load_balance(gates: Tensor, active: Tensor) -> Tensor:
+    """`K² · mean_e(me_e · ce_e)`: me = mean of g/k, ce = mean of g, over the tokens with at least one expert.
+
+    gates [T, S]: 1 or 0 with a straight-through gradient, 0 for free slots and padding. k is a constant in the backward
+    pass. Over the tokens of this rank and micro step. 0 when no token has an expert. Source: the authors' public code.
+    """
+    open_gates = gates.detach().sum(1)
+    num_routed = (open_gates > 0).sum().clamp_min(1)
+    me = (gates / open_gates.clamp_min(1.0)[:, None]).sum(0) / num_routed
+    ce = gates.sum(0) / num_routed
+    return active.sum() * (me * ce).sum()  # K² · (1/K) Σ_e
+
+
+def mean_open(gates: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """Mean number of open gates per real token (`gates` [T, S], padding 0)."""
+    count = torch.as_tensor(num_tokens, device=gates.device).clamp_min(1)
+    return gates.sum() / count

@@ -1,0 +1,113 @@
+"""What every router is: scores in, a `Routing` out, nothing kept between calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe_ds.errors import ConfigError
+
+
+class Routing(NamedTuple):
+    """A router's decision for T tokens over S slots.
+
+    A named tuple, since ZeRO-3 finds the tensors that a module gives, to gather its parameters before their backward
+    pass, in tuples and dictionaries only.
+
+    mask [T, S] bool: the slots each token is sent to. weights [T, S] float32 (float64 for a float64 model):
+    combine weights, 0 off the mask, differentiable. aux_losses: scalars by name, not yet weighted. unrouted [T] bool:
+    tokens that chose no expert before any fallback.
+    """
+
+    mask: Tensor
+    weights: Tensor
+    aux_losses: dict[str, Tensor]
+    unrouted: Tensor
+
+
+class RouterConfig(ABC):
+    """Base of every router's configuration: a frozen dataclass of simple types, next to its router."""
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """One sentence per value that cannot work, each beginning with `router.`."""
+
+    @abstractmethod
+    def aux_loss_weights(self) -> dict[str, float]:
+        """The weight of every auxiliary loss that the router returns, by name."""
+
+
+class Router(nn.Module, ABC):
+    """Base of all routers. Parameters have one row per slot; `weight` [S, D] is the gate.
+
+    A subclass takes `(config, hidden_size, num_slots)`, keeps no state between calls and computes in float32 at least.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, config: RouterConfig, hidden_size: int, num_slots: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(num_slots, hidden_size))
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, active: Tensor, real: Tensor | None) -> Routing:
+        """Route `hidden` [T, D] over the live slots `active` [S] bool; `real` [T] bool is False for padding."""
+
+
+R = TypeVar("R", bound=type[Router])
+
+_ROUTERS: dict[type[RouterConfig], type[Router]] = {}
+_PRESETS: dict[str, Callable[[], RouterConfig]] = {}
+
+
+def register_router(name: str, config_type: type[RouterConfig], **presets: Callable[[], RouterConfig]) -> Callable[[R], R]:
+    """Class decorator that makes a router available as `name`, with further named presets of the same router.
+
+    Raises: ConfigError for a name that is taken.
+    """
+
+    def add(router_type: R) -> R:
+        for preset, make in {name: config_type, **presets}.items():
+            if preset in _PRESETS:
+                raise ConfigError(f"A router called {preset!r} is registered already. Choose another name.")
+            _PRESETS[preset] = make
+        _ROUTERS[config_type] = router_type
+        return router_type
+
+    return add
+
+
+def router_names() -> tuple[str, ...]:
+    """The registered names, presets included, in alphabetical order."""
+    return tuple(sorted(_PRESETS))
+
+
+def router_config(router: str | RouterConfig) -> RouterConfig:
+    """The configuration behind a registered name; a configuration is returned as it is.
+
+    Raises: ConfigError for an unknown name, an unknown configuration type, or values that cannot work.
+    """
+    if isinstance(router, str):
+        if router not in _PRESETS:
+            raise ConfigError(f"There is no router called {router!r}. Use one of {', '.join(router_names())}.")
+        router = _PRESETS[router]()
+    if type(router) not in _ROUTERS:
+        raise ConfigError(f"{type(router).__name__} is not the configuration of a registered router. "
+                          f"Give a name ({', '.join(router_names())}) or the configuration of one of these.")
+    if faults := router.faults():
+        raise ConfigError(faults)
+    return router
+
+
+def build_router(router: str | RouterConfig, hidden_size: int, num_slots: int) -> Router:
+    """A router with zero parameters; `MoELayer` fills the rows of live experts.
+
+    Raises: ConfigError as `router_config`.
+    """
+    config = router_config(router)
+    return _ROUTERS[type(config)](config, hidden_size, num_slots)

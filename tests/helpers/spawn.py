@@ -1,0 +1,93 @@
+"""Runs a function on several gloo ranks, each a process, with a hard time limit."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["dynmoe_ds.engine", "tests.helpers.models"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not finish in time."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """`function(rank, world_size, *args)` on gloo ranks; their results by rank.
+
+    function: at the top level of a module. Raises: RankFailed with the traceback of the first rank that fails, or the
+    list of ranks that have not finished after `timeout_s`. No process is left behind in any case.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(
+                target=_run, args=(function, rank, world_size, f"{folder}/store", sender, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, time.monotonic() + timeout_s, timeout_s)
+        finally:
+            for process in processes:
+                process.join(timeout=2)
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending = dict(enumerate(pipes))
+    while pending:
+        ready = wait(list(pending.values()), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise RankFailed(f"ranks {sorted(pending)} did not finish within {timeout_s} s")
+        for rank in [r for r, pipe in pending.items() if pipe in ready]:
+            try:
+                ok, value = pending.pop(rank).recv()
+            except EOFError:
+                raise RankFailed(f"rank {rank} died") from None
+            if not ok:
+                raise RankFailed(f"rank {rank} failed:\n{value}")
+            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run(
+    function: Callable[..., Any], rank: int, world_size: int, store: str, sender: Connection, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+        )
+        # As bytes: multiprocessing would share tensors by file handles that die with this process.
+        result = io.BytesIO()
+        torch.save(function(rank, world_size, *args), result)
+        sender.send((True, result.getvalue()))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    sender.close()
+    os._exit(0)  # gloo's destructors may wait for ranks that have failed
