@@ -155,7 +155,7 @@ def _fingerprint(
         values[f"adaptation.{key}"] = value
     for name, layer in layers.items():
         router = layer.router.config
-        values[name] = {
+        described = {
             "hidden_size": layer.hidden_size,
             "ffn_hidden_size": layer.ffn_hidden_size,
             "num_slots": layer.num_slots,
@@ -164,6 +164,7 @@ def _fingerprint(
             "expert_ids": layer.placement.expert_ids,
             "router": [type(router).__name__, asdict(router) if is_dataclass(router) else str(router)],
         }
+        values |= {f"{name}.{key}": value for key, value in described.items()}
     shapes = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     values["model parameters"] = {
         "count": len(shapes),

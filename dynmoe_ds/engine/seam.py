@@ -21,7 +21,6 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups
 from torch import nn
 
-from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer
 
 _MARKER = "_deepspeed_marker"
@@ -66,7 +65,7 @@ def _free_port() -> str:
 def attach(layers: Iterable[MoELayer], zero_stage: int) -> None:
     """Give each layer its process groups and its parameters the marks that ZeRO needs.
 
-    Collective: every rank. Raises: ConfigError for parameters that `deepspeed.zero.Init` has split already.
+    Collective: every rank.
     """
     for layer in layers:
         name = group_name(layer.ep_size)
@@ -77,11 +76,6 @@ def attach(layers: Iterable[MoELayer], zero_stage: int) -> None:
         assert layer.local_slots.start == ep_rank * len(layer.local_slots), (layer.local_slots, ep_rank)
         edp_group = groups._get_expert_data_parallel_group(name)
         for param in layer.experts.parameters():
-            if hasattr(param, "ds_id"):
-                raise ConfigError(
-                    f"{layer.name} was built under deepspeed.zero.Init, which splits experts over all ranks. Build "
-                    "the model outside of it: dynmoe_ds.initialize splits the parameters of ZeRO-3 by itself."
-                )
             # DeepSpeed: averaged over the expert-data-parallel group, not over all ranks; also with ep_size 1.
             param.allreduce = False  # type: ignore[attr-defined]
             param.group_name = name  # type: ignore[attr-defined]

@@ -34,7 +34,8 @@ class Experts(nn.Module, ABC):
 def uniform(shape: Sequence[int], fan_in: int, seed: int, expert_id: int, name: str) -> Tensor:
     """Uniform in ±1/sqrt(fan_in), as `torch.nn.Linear` starts, from a generator of its own. float32, on the CPU."""
     bound = fan_in**-0.5
-    return torch.empty(*shape).uniform_(-bound, bound, generator=seeded_generator(seed, expert_id, name))
+    values = torch.empty(*shape, dtype=torch.float32)  # never the default dtype: other dtypes draw other numbers
+    return values.uniform_(-bound, bound, generator=seeded_generator(seed, expert_id, name))
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:

@@ -63,6 +63,11 @@ class MoELayer(nn.Module):
 
         self.experts = build_experts(expert, len(self.local_slots), hidden_size, ffn_hidden_size)
         self.router = build_router(router, hidden_size, num_slots)
+        if any(hasattr(param, "ds_id") for param in self.parameters()):
+            raise ConfigError(
+                "A MoELayer was built under deepspeed.zero.Init, which splits experts over all ranks. Build the model "
+                "outside of it: dynmoe_ds.initialize splits the parameters for ZeRO-3 by itself."
+            )
         self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool))
         self.placement = Placement.initial(num_experts, num_slots, ep_size)
         self._fill_live_slots()

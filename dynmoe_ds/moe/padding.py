@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +25,8 @@ class PaddingMask:
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
-        self._is_ambiguous = False
+        self._is_waiting = False  # a forward pass of training waits for its backward pass
+        self._is_ambiguous = False  # and another forward pass with another mask came after it
         self._has_warned = False
 
     def watch(self, model: nn.Module) -> RemovableHandle:
@@ -33,24 +35,24 @@ class PaddingMask:
 
     def backward_done(self) -> None:
         """Forget that earlier forward passes still wait for their backward pass."""
-        self._is_ambiguous = False
+        self._is_waiting = self._is_ambiguous = False
         self._mask = None
 
     def for_hidden(self, shape: tuple[int, ...]) -> Tensor | None:
         """The mask as bool for hidden states of leading shape [B, L], None where there is none that fits.
 
-        Raises: RoutingError when a checkpoint recomputes and several forward passes with padding are open.
+        Raises: RoutingError when a checkpoint recomputes and it is not known with which mask.
         """
-        if self._mask is None:
-            return None
         if self._is_ambiguous and in_backward():
             raise RoutingError(
-                "Activation checkpointing recomputes while several forward passes with different padding wait for "
-                "their backward pass, so it is not known which padding to use. Call backward after each forward, or "
-                "pass token_mask to the layer."
+                "Activation checkpointing recomputes a forward pass that others with different padding have followed, "
+                "so it is not known which padding to use. Call backward after each forward, or pass token_mask to the "
+                "layer."
             )
+        if self._mask is None:
+            return None
         if tuple(self._mask.shape) != shape:
-            if not self._has_warned and len(shape) == 2:
+            if not self._has_warned:
                 _log.warning(
                     "The model got an attention_mask of shape %s but a MoELayer sees tokens of shape %s: padding is "
                     "routed there like real tokens. Pass token_mask to the layer.", tuple(self._mask.shape), shape
@@ -62,6 +64,6 @@ class PaddingMask:
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if model.training:
-            self._is_ambiguous = self._is_ambiguous or (self._mask is not None and mask is not self._mask)
+        self._is_ambiguous = self._is_ambiguous or (self._is_waiting and mask is not self._mask)
+        self._is_waiting = self._is_waiting or (model.training and torch.is_grad_enabled())
         self._mask = mask

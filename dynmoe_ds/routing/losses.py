@@ -8,8 +8,16 @@ from torch import Tensor
 
 def unit_rows(weight: Tensor, active: Tensor) -> Tensor:
     """Rows of `weight` [S, D] scaled to length 1, zero for free slots (`active` [S] bool) and for zero rows."""
-    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12)
-    return torch.where(active[:, None], weight / norm, 0.0)
+    return torch.where(active[:, None], weight / divisors(weight), 0.0)
+
+
+def divisors(vectors: Tensor) -> Tensor:
+    """Length [N, 1] of each of `vectors` [N, D], infinite for zero vectors.
+
+    Divided by it, zero vectors stay zero and get no gradient; a clamped length would give them one of 1 / the clamp.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return length.masked_fill(length < 1e-12, torch.inf)
 
 
 def diversity(rows: Tensor, active: Tensor) -> Tensor:
@@ -36,7 +44,9 @@ def load_balance(gates: Tensor, active: Tensor) -> Tensor:
     pass. Over the tokens of this rank and micro step. 0 when no token has an expert. Source: the authors' public code.
     """
     open_gates = gates.detach().sum(1)
-    num_routed = (open_gates > 0).sum().clamp_min(1)
+    routed = open_gates > 0
+    num_routed = routed.sum().clamp_min(1)
+    gates = gates * routed[:, None]  # closed gates of the other tokens are 0, but not their gradient
     me = (gates / open_gates.clamp_min(1.0)[:, None]).sum(0) / num_routed
     ce = gates.sum(0) / num_routed
     return active.sum() * (me * ce).sum()  # K² · (1/K) Σ_e

@@ -116,8 +116,7 @@ class TopAnyRouter(Router):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight, threshold = hidden.to(dtype), self.weight.to(dtype), self.threshold.to(dtype)
             rows = losses.unit_rows(weight, active)
-            length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_min(1e-12)
-            scores = (hidden @ rows.T) / length
+            scores = (hidden @ rows.T) / losses.divisors(hidden)
             eligible = active.expand_as(scores) if real is None else active & real[:, None]
 
             chosen = (scores > threshold) & eligible
@@ -136,7 +135,7 @@ class TopAnyRouter(Router):
     def _combine_weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """What a chosen expert's gate is multiplied by, [T, S], 0 elsewhere."""
         if self.config.weighting == "average":
-            return chosen / chosen.sum(1, keepdim=True).clamp_min(1)
+            return chosen.to(scores.dtype) / chosen.sum(1, keepdim=True).clamp_min(1)
         logits = self.config.temperature * scores
         # Without a chosen expert the row is all -inf and its softmax NaN, also backwards: such rows are replaced first.
         logits = logits.masked_fill(~chosen & chosen.any(1, keepdim=True), -torch.inf)

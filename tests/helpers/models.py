@@ -72,7 +72,9 @@ def deepspeed_config(
     kind = optimizer.pop("kind", "AdamW")
     params: dict[str, Any] = {"lr": lr, **optimizer}
     if kind == "AdamW":
-        params |= {"betas": [0.9, 0.99], "weight_decay": 0.01}
+        # Adam divides by the gradient's size: where a gradient is rounding noise, so is the sign of a full update. This
+        # eps keeps such elements out of the comparison of layouts.
+        params |= {"betas": [0.9, 0.99], "weight_decay": 0.01, "eps": 1e-6}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,

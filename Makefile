@@ -1,0 +1,39 @@
+# Each target does its own set-up: on a fresh machine `make demo` or `make test` is the only command needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint benchmark clean
+
+help:
+	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
+	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
+	@echo "make test       lint, types and all tests (about 10 minutes on 2 cores)"
+	@echo "make benchmark  compare the layer with a dense FFN of the same FLOPs"
+	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed. Use: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	launch/local.sh experiment=demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: setup
+	$(BIN)/python benchmarks/layer.py --output docs/results/layer.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

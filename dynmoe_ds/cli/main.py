@@ -1,0 +1,54 @@
+"""The `dynmoe` command: reads the verb, and turns every error a user can cause into a message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from dynmoe_ds.cli import config, doctor, train
+from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.errors import DynMoEError
+
+EXIT_USER_FAULT = 2
+EXIT_INTERRUPTED = 130
+
+_EXAMPLES = """examples:
+  dynmoe train experiment=demo                       train the demo on two CPU ranks
+  dynmoe train experiment=demo router=top_any        the same with another router
+  dynmoe config experiment=demo optim.lr=1e-3        print what a run would use
+  dynmoe doctor                                      check this machine
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with one sub-parser per verb."""
+    parser = argparse.ArgumentParser(
+        prog="dynmoe",
+        description="Train mixture-of-experts models whose tokens choose how many experts they use and whose experts "
+        "grow and are pruned, on stock DeepSpeed.",
+        epilog="\n".join((_EXAMPLES, override_help(), EXIT_CODES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in (train, config, doctor):
+        verb.add_verb(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 2 for a user's fault, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The launcher adds --local_rank=N unless it is told not to; LOCAL_RANK says the same.
+    arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
+    parsed = build_parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+    except DynMoEError as error:
+        print(f"dynmoe: {error}", file=sys.stderr)
+        return EXIT_USER_FAULT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code

@@ -1,0 +1,1 @@
+"""The configuration of a run: schema, Hydra loading, strict building, validation, translation to DeepSpeed's JSON."""

@@ -1,0 +1,218 @@
+"""One self-contained web page about a run, made from its folder alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynmoe_ds.telemetry.events import describe_change, has_change, out_of_slots_advice
+from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
+from dynmoe_ds.telemetry.pictures import MAX_LAYERS_SHOWN, Picture, draw_pictures
+from dynmoe_ds.telemetry.run_folder import ADAPTATION_FILE, CONFIG_FILE, SAMPLE_FILE, VERSIONS_FILE
+from dynmoe_ds.telemetry.trackers import clock_time, short_number
+
+REPORT_FILE = "report.html"
+PICTURES_FOLDER = "pictures"
+MAX_EVENT_ROWS = 1000
+UNKNOWN = "not recorded"
+
+STYLE_SHEET = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #d8dce2;
+        --ground: #ffffff; --card: #f5f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #a0a7b4; --line: #3a3f47; --ground: #16181b; --card: #212429; }
+  figure img { filter: brightness(0.9); }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+.soft, figcaption { color: var(--soft); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; padding: 0; }
+.facts div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
+.facts dt { color: var(--soft); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
+figure { margin: 1.5rem 0; }
+figure img { max-width: 100%; background: #fff; border-radius: .5rem; border: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
+.number { text-align: right; white-space: nowrap; }
+.scroll { max-height: 32rem; overflow: auto; border: 1px solid var(--line); border-radius: .5rem; }
+pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow: auto; white-space: pre-wrap; }
+details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
+"""
+
+
+def write_report(run_dir: str | Path, *, write_pictures: bool = False) -> Path:
+    """Write `report.html` into a run folder from the folder's files, and give its path.
+
+    The page needs nothing else: pictures are inside it. `write_pictures` saves them under `pictures/` as well.
+
+    Raises: DataError where `run_dir` is no run folder or one of its lines is broken.
+    """
+    path = Path(run_dir)
+    history = read_history(path)
+    pictures = list(draw_pictures(history))
+    if write_pictures:
+        folder = path / PICTURES_FOLDER
+        folder.mkdir(exist_ok=True)
+        for picture in pictures:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+    report = path / REPORT_FILE
+    report.write_text(_page(path, history, pictures), encoding="utf-8")
+    return report
+
+
+def _page(path: Path, history: RunHistory, pictures: Sequence[Picture]) -> str:
+    title = html.escape(f"Run {path.resolve().name}")
+    sections = [
+        f"<h1>{title}</h1>",
+        '<p class="soft">Training of a mixture-of-experts model: in some of its layers every token chooses which of '
+        "several small networks (the experts) to use, and experts are born and pruned while the model trains.</p>",
+        _facts(history),
+        _layer_table(history),
+        _picture_section(history, pictures),
+        _event_section(history),
+        _text_section("Generated sample", path / SAMPLE_FILE, "What the trained model wrote, after the prompt."),
+        _folded("Configuration", path / CONFIG_FILE),
+        _folded("Versions", path / VERSIONS_FILE),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE_SHEET}</style></head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body></html>\n"
+    )
+
+
+def _facts(history: RunHistory) -> str:
+    """The headline numbers."""
+    tokens = UNKNOWN
+    if history.tokens_seen is not None:
+        tokens = ("about " if history.is_tokens_seen_estimated else "") + short_number(history.tokens_seen)
+    facts = {
+        "optimiser steps": f"{history.last_step}",
+        "final training loss": _last(history.series.get("train/loss"), ".3f"),
+        "final held-out loss": _last(history.series.get("eval/loss"), ".3f"),
+        "training tokens seen": tokens,
+        "time (h:mm:ss or m:ss)": UNKNOWN if history.time_s is None else clock_time(history.time_s),
+        "experts per token (mean k) at the end": _last(history.series.get("moe/mean_k"), ".2f"),
+        "live experts, start → end": _live_range(history),
+        "births / deaths": f"{_total(history, 'births')} / {_total(history, 'deaths')}",
+    }
+    cells = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _live_range(history: RunHistory) -> str:
+    known = [layer.live.values for layer in history.layers if layer.live.values]
+    if any(math.isnan(value) for values in known for value in (values[0], values[-1])):
+        return UNKNOWN
+    if not known:
+        return UNKNOWN
+    return f"{sum(values[0] for values in known):.0f} → {sum(values[-1] for values in known):.0f}"
+
+
+def _total(history: RunHistory, kind: str) -> int:
+    return sum(count for layer in history.layers for _, count in getattr(layer, kind))
+
+
+def _last(series: Series | None, form: str) -> str:
+    """The last value. One that is no number says so: a diverged loss must not look like a missing one."""
+    if series is None or not series.values:
+        return UNKNOWN
+    value = series.values[-1]
+    return "not a finite number" if math.isnan(value) else f"{value:{form}}"
+
+
+def _layer_table(history: RunHistory) -> str:
+    if not history.layers:
+        return ""
+    rows = []
+    for layer in history.layers:
+        live = [value for value in layer.live.values if not math.isnan(value)]
+        rows.append(
+            [
+                layer.name,
+                f"{live[0]:.0f}" if live else UNKNOWN,
+                f"{live[-1]:.0f}" if live else UNKNOWN,
+                str(sum(count for _, count in layer.births)),
+                str(sum(count for _, count in layer.deaths)),
+                _last(layer.mean_k, ".2f"),
+                _last(layer.unrouted_share, ".2%"),
+            ]
+        )
+    head = ["layer", "experts at start", "at end", "births", "deaths", "last mean k", "last tokens without an expert"]
+    return "<h2>Layers</h2>" + _table(head, rows, numbers_from=1)
+
+
+def _picture_section(history: RunHistory, pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return "<h2>Pictures</h2><p>Nothing was logged that could be drawn.</p>"
+    figures = ["<h2>Pictures</h2>"]
+    for picture in pictures:
+        encoded = base64.b64encode(picture.png).decode()
+        figures.append(
+            f'<figure><img alt="{html.escape(picture.title)}" src="data:image/png;base64,{encoded}">\n'
+            f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        )
+    if len(history.layers) > MAX_LAYERS_SHOWN:
+        figures.append(
+            f'<p class="soft">Pictures are drawn for {MAX_LAYERS_SHOWN} of the {len(history.layers)} layers, evenly '
+            f"spread over the depth; the table of layers above has all of them.</p>"
+        )
+    return "\n".join(figures)
+
+
+def _event_section(history: RunHistory) -> str:
+    rows: list[list[str]] = []
+    for event in history.events:
+        before = len(rows)
+        for layer, change in event["layers"].items():
+            told = [describe_change(change)] if has_change(change) else []
+            told += [out_of_slots_advice(change)] if change["out_of_slots"] else []
+            rows.extend([str(event["step"]), layer, text] for text in told)
+        if len(rows) == before:
+            rows.append([str(event["step"]), "all", "nothing changed"])
+        rows.extend([str(event["step"]), "", f"warning: {warning}"] for warning in event["warnings"])
+    if not rows:
+        return "<h2>Births and deaths</h2><p>No adaptation took place in this run.</p>"
+    note = ""
+    table = _table(["step", "layer", "what happened"], rows[:MAX_EVENT_ROWS], numbers_from=None)
+    if len(rows) > MAX_EVENT_ROWS:
+        note = f" The first {MAX_EVENT_ROWS} of {len(rows)} rows are shown; {ADAPTATION_FILE} has all of them."
+    return (
+        f'<h2>Births and deaths</h2><p class="soft">Every adaptation of the run, in words.{note}</p>'
+        f'<div class="scroll">{table}</div>'
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None) -> str:
+    """A table; columns from `numbers_from` on are set to the right."""
+
+    def row_of(tag: str, cells: Sequence[Any]) -> str:
+        right = len(cells) if numbers_from is None else numbers_from
+        return "".join(
+            f"<{tag}{' class=number' if column >= right else ''}>{html.escape(cell)}</{tag}>"
+            for column, cell in enumerate(cells)
+        )
+
+    body = "\n".join(f"<tr>{row_of('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{row_of('th', head)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _text_section(title: str, path: Path, caption: str) -> str:
+    if not path.exists():
+        return ""
+    text = html.escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f'<h2>{html.escape(title)}</h2><p class="soft">{html.escape(caption)}</p><pre>{text}</pre>'
+
+
+def _folded(title: str, path: Path) -> str:
+    if not path.exists():
+        return ""
+    text = html.escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<details><summary>{html.escape(title)}</summary><pre>{text}</pre></details>"

@@ -1,0 +1,264 @@
+"""Where a run's numbers and events go: the console, the run folder, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.telemetry.events import AdaptationEvent, describe_event
+from dynmoe_ds.telemetry.metrics import Metric
+from dynmoe_ds.telemetry.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+WandbMode = Literal["offline", "online", "disabled"]
+WANDB_INIT_TIMEOUT_S = 60
+LAYERS_ON_PROGRESS_LINE = 8
+LIVE_EXPERTS_PREFIX = "moe/live_experts/"
+
+
+class Tracker(Protocol):
+    """A destination of metrics and adaptation events. Lives on rank 0; values come already reduced over ranks."""
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        """Record the values of one optimiser step (counted from 1)."""
+
+    def log_event(self, event: AdaptationEvent) -> None:
+        """Record one adaptation (its fields: `dynmoe_ds.telemetry.events`)."""
+
+    def close(self) -> None:
+        """Finish; nothing is logged afterwards."""
+
+
+class JsonLinesTracker:
+    """Metrics and events as lines of the run folder's files. The folder's owner closes it, not this tracker."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        self._folder.append_metrics(step, {metric.name: metric.value for metric in metrics})
+
+    def log_event(self, event: AdaptationEvent) -> None:
+        self._folder.append_adaptation(event)
+
+    def close(self) -> None:
+        """Nothing to do: every line is already in its file."""
+
+
+class ConsoleTracker:
+    """A progress line for people, and every adaptation event in words.
+
+    On a terminal the progress line is rewritten in place; elsewhere every `log` gives one line. `stream` None sends
+    the lines to `logging` at level INFO. `clock` gives seconds and serves the estimate of the time left.
+    """
+
+    def __init__(
+        self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total_steps = total_steps
+        self._stream = stream
+        self._is_terminal = stream is not None and stream.isatty()
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._latest: dict[str, float] = {}
+        self._shown = ""
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)
+        self._latest.update({metric.name: metric.value for metric in metrics})
+        line = self._progress_line(step, self._seconds_left(step, now))
+        if self._is_terminal:
+            self._rewrite(line)
+        else:
+            self._write_line(line)
+
+    def log_event(self, event: AdaptationEvent) -> None:
+        progress = self._shown
+        self._rewrite("")
+        for line in describe_event(event):
+            self._write_line(line)
+        self._rewrite(progress)
+
+    def close(self) -> None:
+        """Leave the terminal's cursor on a fresh line."""
+        if self._shown and self._stream is not None:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._shown = ""
+
+    def _progress_line(self, step: int, left_s: float | None) -> str:
+        width = len(str(self._total_steps))
+        parts = [f"step {step:>{width + 1}}/{self._total_steps}"]
+        for name, label, form in (
+            ("train/loss", "loss", ".3f"),
+            ("eval/loss", "held-out", ".3f"),
+            ("moe/mean_k", "k", ".2f"),
+        ):
+            if name in self._latest:
+                parts.append(f"{label} {self._latest[name]:{form}}")
+        live = [value for name, value in self._latest.items() if name.startswith(LIVE_EXPERTS_PREFIX)]
+        if len(live) > LAYERS_ON_PROGRESS_LINE:
+            parts.append(f"experts {min(live):.0f}..{max(live):.0f} in {len(live)} layers")
+        elif live:
+            parts.append(f"experts {' '.join(f'{value:.0f}' for value in live)}")
+        if "train/tokens_per_second" in self._latest:
+            parts.append(f"{short_number(self._latest['train/tokens_per_second'])} tok/s")
+        if left_s is not None:
+            parts.append(f"eta {clock_time(left_s)}")
+        return "  ".join(parts)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """Steps left times the mean seconds per step since the first log; None where no step has been timed yet."""
+        assert self._first is not None, "the first log call sets the start"
+        first_step, first_s = self._first
+        if step > first_step:
+            return (self._total_steps - step) * (now - first_s) / (step - first_step)
+        if "train/step_time_s" in self._latest:
+            return (self._total_steps - step) * self._latest["train/step_time_s"]
+        return None
+
+    def _write_line(self, line: str) -> None:
+        if self._stream is None:
+            logger.info(line)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def _rewrite(self, line: str) -> None:
+        """Replace the progress line on a terminal, cut to its width: a wrapped line could not be rewritten."""
+        if not self._is_terminal or self._stream is None or line == self._shown == "":
+            return
+        line = line[: shutil.get_terminal_size().columns - 1]
+        blank = " " * max(0, len(self._shown) - len(line))
+        self._stream.write(f"\r{line}{blank}" + ("" if line else "\r"))
+        self._stream.flush()
+        self._shown = line
+
+
+class WandbTracker:
+    """Metrics, configuration and a table of adaptation events for Weights & Biases, inside the run folder.
+
+    wandb is imported here and not before. Whatever goes wrong inside it is logged once as a warning, after which the
+    tracker does nothing: training never stops for it.
+
+    Raises: ConfigError where wandb is not installed.
+    """
+
+    def __init__(self, run_dir: str | Path, config: Mapping[str, Any], project: str, mode: WandbMode) -> None:
+        require_wandb(mode)
+        self._run: Any = None
+        self._wandb: Any = None
+        self._event_rows: list[list[Any]] = []
+        try:
+            import wandb
+
+            self._wandb = wandb
+            self._run = wandb.init(
+                project=project,
+                mode=mode,
+                dir=str(run_dir),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_INIT_TIMEOUT_S),
+            )
+            # An own step axis: wandb's drops what arrives out of order, such as an event after the metrics of its step.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            self._give_up("starting", error)
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        self._log({"step": step, **{metric.name: metric.value for metric in metrics}})
+
+    def log_event(self, event: AdaptationEvent) -> None:
+        self._event_rows.extend([event["step"], line] for line in describe_event(event))
+        if self._run is None:
+            return
+        try:
+            table = self._wandb.Table(columns=["step", "event"], data=[list(row) for row in self._event_rows])
+        except Exception as error:
+            self._give_up("making a table", error)
+        else:
+            self._log({"step": event["step"], "adaptation/events": table})
+
+    def close(self) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._give_up("finishing", error)
+            self._run = None
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(values)
+            except Exception as error:
+                self._give_up("logging", error)
+
+    def _give_up(self, doing: str, error: Exception) -> None:
+        self._run = None
+        logger.warning(
+            "wandb failed while %s (%s: %s). Training goes on without it; the run folder still gets every number.",
+            doing,
+            type(error).__name__,
+            error,
+        )
+
+
+def require_wandb(mode: WandbMode) -> None:
+    """Check that wandb can be used as asked for. Raises: ConfigError for an unknown mode or a missing package."""
+    if mode not in ("offline", "online", "disabled"):
+        raise ConfigError(f"telemetry.wandb_mode is {mode!r}. Use offline, online or disabled.")
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"telemetry.wandb_mode is {mode} but the package wandb is not installed. "
+            f"Run `pip install wandb`, or set telemetry.wandb_mode=disabled."
+        )
+
+
+def build_trackers(
+    *,
+    rank: int,
+    folder: RunFolder | None,
+    config: Mapping[str, Any],
+    total_steps: int,
+    wandb_mode: WandbMode,
+    wandb_project: str,
+    stream: TextIO | None = None,
+) -> list[Tracker]:
+    """The trackers of this rank: all on rank 0, none elsewhere. `folder` is None where the rank is not 0.
+
+    Raises: ConfigError on every rank where wandb is asked for and missing.
+    """
+    require_wandb(wandb_mode)
+    if rank != 0:
+        return []
+    assert folder is not None, f"rank {rank} writes the run folder but folder is {folder}"
+    trackers: list[Tracker] = [JsonLinesTracker(folder), ConsoleTracker(total_steps, stream)]
+    if wandb_mode != "disabled":
+        trackers.append(WandbTracker(folder.path, config, wandb_project, wandb_mode))
+    return trackers
+
+
+def short_number(value: float) -> str:
+    """A number in at most five characters or so: 850, 12.3k, 1.2M."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def clock_time(seconds: float) -> str:
+    """A duration as m:ss, or h:mm:ss from one hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

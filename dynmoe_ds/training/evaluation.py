@@ -1,0 +1,50 @@
+"""Held-out loss: the exact mean over all held-out tokens, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynmoe_ds.data import HeldOutOrder, TokenSequences
+from dynmoe_ds.training.engine import TrainingEngine
+
+
+@contextmanager
+def eval_mode(engine: TrainingEngine) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode from before comes back, also after an error."""
+    was_training = engine.module.training
+    engine.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if was_training:
+            engine.train()
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy [B, L - 1] float32 of every token but the first, from `logits` [B, L, V] and `labels` [B, L]."""
+    predictions, targets = logits[:, :-1].float(), labels[:, 1:]
+    return F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def held_out_loss(engine: TrainingEngine, held_out: TokenSequences, order: HeldOutOrder) -> float:
+    """Mean cross entropy per predicted token over the first `order.num_sequences` held-out sequences, in nats.
+
+    Collective: every rank, each with its own `order`; all run the same number of forwards of the same shape.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # summed loss, number of tokens
+    with eval_mode(engine):
+        for indices, weights in order:
+            batch = held_out.batch(indices, engine.device)
+            losses = token_losses(engine(input_ids=batch["input_ids"]).logits, batch["labels"]).double()
+            weight = torch.tensor(weights, dtype=torch.float64, device=engine.device)
+            total += torch.stack([(losses.sum(1) * weight).sum(), weight.sum() * losses.shape[1]])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total[0] / total[1])

@@ -1,0 +1,83 @@
+"""Everything that a run writes: its folder and its trackers, on rank 0; nothing on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import torch.distributed as dist
+import yaml
+from tokenizers import Tokenizer
+
+from dynmoe_ds.adaptation import AdaptationEvent
+from dynmoe_ds.config.load import to_yaml
+from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.data import save_tokenizer
+from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.telemetry import Metric, RunFolder, Tracker, build_trackers, reduce_over_ranks, write_report
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class RunLog:
+    """The run folder and the trackers of a run.
+
+    Collective: construction, so that all ranks learn of a folder that rank 0 cannot write, and `log`.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, stream: TextIO | None) -> None:
+        self._folder: RunFolder | None = None
+        self._trackers: list[Tracker] = []
+        error: Exception | None = None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                self._open(config, tokenizer, stream)
+            except Exception as caught:
+                error = caught
+        raise_together(error)
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        """Reduce `metrics` over all ranks and record them for optimiser step `step`, from 1. Collective: every rank."""
+        reduced = reduce_over_ranks(metrics)
+        for tracker in self._trackers:
+            tracker.log(step, reduced)
+
+    def experts(self, step: int, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the experts' loads (their form: `RunFolder.append_experts`)."""
+        if self._folder is not None:
+            self._folder.append_experts(step, layers)
+
+    def events(self, events: Sequence[AdaptationEvent]) -> None:
+        """Record adaptations."""
+        for event in events:
+            for tracker in self._trackers:
+                tracker.log_event(event.to_dict())
+
+    def sample(self, text: str) -> None:
+        """Record the text that the trained model wrote."""
+        if self._folder is not None:
+            self._folder.write_sample(text)
+
+    def close(self) -> None:
+        """End the trackers and draw the report from what was written."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self._folder is not None:
+            self._folder.close()
+            write_report(self._folder.path)
+
+    def _open(self, config: RunConfig, tokenizer: Tokenizer, stream: TextIO | None) -> None:
+        self._folder = RunFolder(config.run_dir)
+        yaml_text = to_yaml(config)
+        self._folder.write_config(yaml_text)
+        self._folder.write_versions()
+        save_tokenizer(tokenizer, self._folder.path / TOKENIZER_FOLDER)
+        self._trackers = build_trackers(
+            rank=0,
+            folder=self._folder,
+            config=yaml.safe_load(yaml_text),
+            total_steps=config.training.steps,
+            wandb_mode=config.telemetry.wandb_mode,
+            wandb_project=config.telemetry.wandb_project,
+            stream=stream,
+        )

@@ -1,0 +1,248 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dynmoe_ds.adaptation import alarms
+from dynmoe_ds.config.deepspeed_json import to_deepspeed
+from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.config.validate import find_faults
+from dynmoe_ds.data import HeldOutOrder, TrainingOrder, end_of_text_id, load_text_data
+from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.engine import initialize
+from dynmoe_ds.engine.seam import init_distributed
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.models import build_decoder, count_parameters, parameter_groups
+from dynmoe_ds.telemetry import Metric
+from dynmoe_ds.training.evaluation import held_out_loss
+from dynmoe_ds.training.expert_loads import ExpertLoads
+from dynmoe_ds.training.generation import generate
+from dynmoe_ds.training.run_log import RunLog
+from dynmoe_ds.training.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+class Trainer:
+    """One run from its configuration: `Trainer(config).run()` on every rank.
+
+    `stream` is where rank 0 shows its progress; None sends it to `logging`.
+    Collective: construction and `run`. Raises, on every rank: ConfigError for a configuration that cannot work,
+    DataError for text that cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, stream: TextIO | None = None) -> None:
+        self.config = config
+        timeout_s = config.parallel.process_group_timeout_s
+        init_distributed(timeout_s)
+        faults = find_faults(config, check_run_dir=dist.get_rank() == 0)
+        raise_together(ConfigError(faults) if faults else None)
+        self.data = load_text_data(config.data)
+        self.tokenizer = self.data.tokenizer()
+        self.end_of_text = end_of_text_id(self.tokenizer)
+        self.training_order, self.held_out_order = _orders(config, len(self.data.train), len(self.data.held_out))
+        self.run_log = RunLog(config, self.tokenizer, stream)
+
+        model = build_decoder(config, self.tokenizer.get_vocab_size(), self.end_of_text)
+        self.parameter_count = count_parameters(model, config.parallel.ep_size)
+        self.engine = initialize(
+            model=model,
+            config=to_deepspeed(config),
+            adaptation=config.adaptation,
+            model_parameters=parameter_groups(model, config.optim.weight_decay),
+            timeout_s=timeout_s,
+        )
+        self.placements = self.engine.placements()
+        self.interval = _Interval.starting_now(self.engine.device)
+        self._layers_warned_about: set[str] = set()
+
+    def run(self) -> None:
+        """Train, evaluate and log; at the end write a sample and the report. An interrupt keeps what was written.
+
+        A step is logged every `log_every_steps` steps, whenever it is evaluated, and at the end.
+        Collective: every rank. Raises: KeyboardInterrupt, after an orderly end.
+        """
+        steps, training = self.config.training.steps, self.config.training
+        self._announce()
+        self.engine.train()
+        self.interval = _Interval.starting_now(self.engine.device)
+        done = 0
+        try:
+            for step in range(steps):
+                self._train_step(step)
+                done = step + 1
+                is_eval = done % training.eval_every_steps == 0 or done == steps
+                is_log = is_eval or done % training.log_every_steps == 0
+                self._follow_experts(is_log)
+                if is_log:
+                    self._log(done, is_eval)
+            self._write_sample()
+        except KeyboardInterrupt:
+            logger.warning("Interrupted after %d of %d steps. What was written is in %s.", done, steps, self.run_dir)
+            raise
+        finally:
+            self.run_log.close()
+
+    @property
+    def run_dir(self) -> str:
+        """The folder that rank 0 writes."""
+        return self.config.run_dir
+
+    def _train_step(self, step: int) -> None:
+        """One optimiser step at the step's learning rate: every micro-batch forward and backward, then the update."""
+        self.engine.set_lr(self._learning_rate(step))
+        for micro_step in range(self.config.training.gradient_accumulation_steps):
+            batch = self.data.train.batch(self.training_order.indices(step, micro_step), self.engine.device)
+            loss = self.engine(**batch).loss
+            self.engine.backward(loss)
+            self.engine.step()  # updates the weights after the last micro-batch
+            self.interval.add(loss, self.engine.last_aux_loss)
+
+    def _follow_experts(self, is_log: bool) -> None:
+        """Record adaptations, and the experts' loads before another expert's are counted in the same slot."""
+        events = self.engine.take_events()
+        if events or is_log:
+            self.interval.loads.add(self.engine.take_records(), self.placements)
+            self.placements = self.engine.placements()
+        self.run_log.events(events)
+
+    def _log(self, done: int, is_eval: bool) -> None:
+        """Log the steps since the last log. Evaluation comes after the clock is read, and belongs to no interval."""
+        loads = self.interval.loads
+        metrics = self._training_metrics(done) + loads.metrics(self.placements)
+        if is_eval:
+            loss = held_out_loss(self.engine, self.data.held_out, self.held_out_order)
+            metrics.append(Metric(name="eval/loss", value=loss, reduction="last"))
+        self.run_log.log(done, metrics)
+        self.run_log.experts(done, loads.line(self.placements))
+        self._warn_about(loads)
+        self.interval = _Interval.starting_now(self.engine.device)
+
+    def _training_metrics(self, done: int) -> list[Metric]:
+        loss, aux_loss = self.interval.mean_losses()  # waits for the device, so the clock is read after it
+        elapsed_s = time.perf_counter() - self.interval.started_s
+        training = self.config.training
+        num_steps = self.interval.num_micro_steps / training.gradient_accumulation_steps
+        sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
+        tokens_per_step = sequences_per_step * self.config.data.sequence_length
+        metrics = [
+            Metric(name="train/loss", value=loss, reduction="mean"),
+            Metric(name="train/aux_loss", value=aux_loss, reduction="mean"),
+            Metric(name="train/learning_rate", value=self._learning_rate(done - 1), reduction="last"),
+            Metric(name="train/tokens_per_second", value=num_steps * tokens_per_step / elapsed_s, reduction="sum"),
+            Metric(name="train/tokens_seen", value=done * tokens_per_step, reduction="sum"),
+            Metric(name="train/step_time_s", value=elapsed_s / num_steps, reduction="max"),
+        ]
+        norm = self.engine.gradient_norm()
+        return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
+
+    def _learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate(
+            step,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.training.steps,
+            final_fraction=optim.final_lr_fraction,
+        )
+
+    def _warn_about(self, loads: ExpertLoads) -> None:
+        """Log what is wrong with a layer's routing, once per layer: a fault that stays must not bury the log."""
+        for layer, records in loads.records.items():
+            found = alarms(layer, records, num_live=len(self.placements[layer].live_ids))
+            if found and layer not in self._layers_warned_about and dist.get_rank() == 0:
+                self._layers_warned_about.add(layer)
+                logger.warning(" ".join(found))
+
+    def _write_sample(self) -> None:
+        """Let the model write on from the prompt: all ranks compute, rank 0 writes."""
+        training = self.config.training
+        if training.sample_tokens == 0:
+            return
+        ids = generate(
+            self.engine,
+            self.tokenizer.encode(training.sample_prompt).ids,
+            num_tokens=training.sample_tokens,
+            context_length=self.config.data.sequence_length,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=self.config.seed,
+            stop_token=self.end_of_text,
+        )
+        self.run_log.sample(self.tokenizer.decode(ids) + "\n")
+
+    def _announce(self) -> None:
+        """Say on rank 0 what is about to be trained on what."""
+        if dist.get_rank() != 0:
+            return
+        count, order = self.parameter_count, self.training_order
+        logger.info("%.2fM parameters with live experts, %.2fM with every slot", count.live / 1e6, count.in_slots / 1e6)
+        logger.info(
+            "%d training sequences of %d tokens, %d per step on %d ranks: %.2f epochs",
+            order.num_sequences,
+            self.data.train.length,
+            order.global_batch_size,
+            order.world_size,
+            self.config.training.steps * order.global_batch_size / order.num_sequences,
+        )
+        wanted = self.config.training.eval_sequences
+        if wanted > len(self.data.held_out):
+            logger.warning(
+                "training.eval_sequences is %d but the held-out part has %d sequences: all of them are used.",
+                wanted,
+                len(self.data.held_out),
+            )
+
+
+def _orders(config: RunConfig, num_training: int, num_held_out: int) -> tuple[TrainingOrder, HeldOutOrder]:
+    """The orders of this rank, from the numbers of sequences."""
+    training = config.training
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    train = TrainingOrder(
+        seed=config.seed,
+        num_sequences=num_training,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    held_out = HeldOutOrder(
+        num_sequences=min(training.eval_sequences, num_held_out),
+        micro_batch_size=training.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    return train, held_out
+
+
+@dataclass(kw_only=True, slots=True)
+class _Interval:
+    """The steps since the last log. losses [2]: sums over micro-batches of the loss and the auxiliary loss."""
+
+    started_s: float
+    losses: Tensor
+    num_micro_steps: int = 0
+    loads: ExpertLoads = field(default_factory=ExpertLoads)
+
+    @classmethod
+    def starting_now(cls, device: torch.device) -> _Interval:
+        return cls(started_s=time.perf_counter(), losses=torch.zeros(2, device=device))
+
+    def add(self, loss: Tensor, aux_loss: Tensor) -> None:
+        """Count one micro-batch, without waiting for the device."""
+        self.losses += torch.stack([loss.detach().float(), aux_loss.detach().float()])
+        self.num_micro_steps += 1
+
+    def mean_losses(self) -> tuple[float, float]:
+        """The mean loss and auxiliary loss per micro-batch."""
+        loss, aux_loss = (self.losses / max(self.num_micro_steps, 1)).tolist()
+        return loss, aux_loss

@@ -1,0 +1,48 @@
+import pytest
+
+from dynmoe_ds.adaptation import AdaptationConfig
+from dynmoe_ds.errors import ConfigError
+
+
+def test_defaults_are_the_paper():
+    config = AdaptationConfig(every_steps=6, window_steps=2)
+    assert (config.rule, config.min_unrouted_share, config.prune_below_share) == ("paper", 0.0, 0.0)
+    assert (config.new_threshold, config.last_growth_step) == ("zero", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"every_steps": 0, "window_steps": 1}, "adaptation.every_steps is 0 but must be at least 1."),
+        (
+            {"window_steps": 7},
+            "adaptation.window_steps is 7 but must be between 1 and "
+            "adaptation.every_steps (6): windows do not overlap.",
+        ),
+        (
+            {"window_steps": 0},
+            "adaptation.window_steps is 0 but must be between 1 and "
+            "adaptation.every_steps (6): windows do not overlap.",
+        ),
+        (
+            {"seeding": "copy"},
+            "adaptation.seeding is 'copy'. Use one of copy_nearest, copy_most_loaded, mean, fresh.",
+        ),
+        ({"new_threshold": "one"}, "adaptation.new_threshold is 'one'. Use one of zero, mean_of_live."),
+        ({"noise": -0.1}, "adaptation.noise is -0.1 but must not be negative."),
+        ({"min_unrouted_share": 1.0}, "adaptation.min_unrouted_share is 1.0 but must be at least 0 and below 1."),
+        ({"min_unrouted_share": -0.1}, "adaptation.min_unrouted_share is -0.1 but must be at least 0 and below 1."),
+        ({"prune_below_share": 1.5}, "adaptation.prune_below_share is 1.5 but must be at least 0 and below 1."),
+        ({"last_growth_step": -1}, "adaptation.last_growth_step is -1 but must not be negative."),
+    ],
+)
+def test_values_that_cannot_work(values, message):
+    with pytest.raises(ConfigError) as caught:
+        AdaptationConfig(**{"every_steps": 6, "window_steps": 2, **values})
+    assert caught.value.faults == (message,) and str(caught.value) == message
+
+
+def test_all_faults_come_at_once():
+    with pytest.raises(ConfigError, match="3 faults in the configuration") as caught:
+        AdaptationConfig(every_steps=6, window_steps=9, noise=-1.0, seeding="no")
+    assert len(caught.value.faults) == 3

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, Grow, Prune
+from dynmoe_ds.adaptation.controller import nearest_expert
+from dynmoe_ds.errors import PlacementError
+from tests.adaptation.examples import placement, records
+
+
+def decide(record, pool, *, step: int = 0, **options):
+    controller = AdaptationController(AdaptationConfig(every_steps=1, window_steps=1, **options))
+    plan, full = controller.decide({"a": record}, {"a": pool}, step=step)
+    return list(plan.items), full, plan.apply({"a": pool})["a"]
+
+
+UNROUTED = {"num_unrouted": 3, "unrouted_sum": [0, 5]}
+
+
+def test_slot_set_free_is_used_at_once():
+    items, full, after = decide(records([5, 0, 3], **UNROUTED), placement(0, 1, 2, next_id=3))
+    assert items[0] == Prune(layer="a", expert_id=1)
+    grow = items[1]
+    assert (grow.layer, grow.expert_id, grow.slot, grow.parent_id) == ("a", 3, 1, None)
+    assert grow.gate_row.tolist() == [0, 1] and grow.seeding == "copy_nearest"
+    assert len(items) == 2 and not full
+    assert after.expert_ids == (0, 3, 2) and after.next_id == 4
+
+
+def test_new_expert_goes_to_the_least_loaded_rank():
+    pool = placement(0, 1, None, 2, None, None, next_id=3, ep_size=2)
+    items, _, _ = decide(records([1, 1, 0, 100, 0, 0], **UNROUTED), pool)
+    assert [item.slot for item in items] == [4]
+    even = placement(0, None, 1, None, next_id=2, ep_size=2)
+    assert decide(records([9, 0, 5, 0], **UNROUTED), even)[0][0].slot == 3
+    assert decide(records([5, 0, 9, 0], **UNROUTED), even)[0][0].slot == 1
+
+
+def test_load_of_a_pruned_expert_does_not_count():
+    # After pruning expert 2 both ranks hold one expert, and the second has the smaller load.
+    pool = placement(0, None, None, 1, 2, None, next_id=3, ep_size=2)
+    items, _, _ = decide(records([20, 0, 0, 19, 1, 0], **UNROUTED), pool, prune_below_share=0.5)
+    assert [type(item) for item in items] == [Prune, Grow] and items[1].slot == 4
+
+
+def test_full_pool_is_reported():
+    items, full, after = decide(records([5, 3], **UNROUTED), placement(0, 1))
+    assert items == [] and full == {"a"} and after.expert_ids == (0, 1)
+
+
+def test_layers_are_decided_on_their_own():
+    controller = AdaptationController(AdaptationConfig(every_steps=1, window_steps=1))
+    plan, full = controller.decide(
+        {"a": records([5, 3], **UNROUTED), "b": records([5, 0]), "c": records([2, 0], **UNROUTED)},
+        {"a": placement(0, 1), "b": placement(0, 1), "c": placement(0, None)},
+    )
+    assert [(type(item), item.layer) for item in plan.items] == [(Prune, "b"), (Grow, "c")]
+    assert full == {"a"}
+
+
+@pytest.mark.parametrize(("step", "grows"), [(0, True), (10, True), (11, False)])
+def test_no_growth_after_the_last_growth_step(step, grows):
+    record = records([5, 0, 0], **UNROUTED)
+    items, _, _ = decide(record, placement(0, 1, None), step=step, last_growth_step=10)
+    assert [type(item) for item in items] == [Prune, Grow][: 1 + grows]
+    _, full, _ = decide(records([5, 3], **UNROUTED), placement(0, 1), step=step, last_growth_step=10)
+    assert full == ({"a"} if grows else set())  # what nobody wants is not missing
+
+
+def test_parents():
+    pool = placement(4, None, 7, 2)
+    parents = {
+        seeding: decide(records([5, 0, 9, 9], **UNROUTED), pool, seeding=seeding)[0][0].parent_id
+        for seeding in ("copy_most_loaded", "copy_nearest", "mean", "fresh")
+    }
+    # The oldest of the equally loaded; the nearest is found when the gate rows are read.
+    assert parents == {"copy_most_loaded": 2, "copy_nearest": None, "mean": None, "fresh": None}
+
+
+def test_deciding_is_pure():
+    record, pool = records([5, 0, 3], **UNROUTED), placement(0, 1, 2)
+    before = {name: getattr(record, name).clone() for name in record.__dataclass_fields__}
+    first, second = (decide(record, pool)[0] for _ in range(2))
+    assert [item.to_dict() for item in first] == [item.to_dict() for item in second]
+    assert all(torch.equal(getattr(record, name), value) for name, value in before.items())
+    assert pool == placement(0, 1, 2)
+
+
+def test_nearest_expert():
+    rows = torch.tensor([[1.0, 0.0], [99.0, 99.0], [0.0, 50.0], [0.0, 2.0], [0.0, 0.0]])
+    pool = placement(4, None, 7, 3, 9)
+    assert nearest_expert(torch.tensor([5.0, 1.0]), rows, pool) == 4
+    assert nearest_expert(torch.tensor([0.1, 1.0]), rows, pool) == 3  # lengths do not matter; the oldest of equals
+    assert nearest_expert(torch.tensor([-1.0, -1.0]), rows, pool) == 9  # the row of zeros has cosine 0
+    with pytest.raises(PlacementError, match="There is no live expert to copy"):
+        nearest_expert(torch.ones(2), rows, placement(None, None, None, None, None))

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+from dynmoe_ds.adaptation import Grow, Move, Plan, Prune
+from dynmoe_ds.errors import PlacementError
+from tests.adaptation.examples import placement
+
+ROW = torch.tensor([0.6, 0.8], dtype=torch.float64)
+
+
+def grow(slot: int = 1, expert_id: int = 10, row: torch.Tensor = ROW, **changes) -> Grow:
+    values = {"layer": "a", "expert_id": expert_id, "slot": slot, "gate_row": row, "seeding": "mean", "parent_id": None}
+    return Grow(**(values | changes))
+
+
+def test_items_are_applied_in_order():
+    plan = Plan(items=(
+        Prune(layer="a", expert_id=5),
+        grow(slot=0),
+        Move(layer="a", expert_id=6, to_slot=1),
+        Prune(layer="b", expert_id=1),
+    ))  # fmt: skip
+    before = {"a": placement(5, None, 6), "b": placement(0, 1), "c": placement(3)}
+    after = plan.apply(before)
+    assert after["a"].expert_ids == (10, 6, None) and after["a"].next_id == 11
+    assert after["b"].expert_ids == (0, None) and after["c"] is before["c"]
+    assert before["a"] == placement(5, None, 6)
+    assert plan.of_layer("b") == plan.items[3:] and plan.of_layer("c") == ()
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        (Prune(layer="a", expert_id=9),),
+        (Prune(layer="a", expert_id=5), Prune(layer="a", expert_id=5)),
+        (Prune(layer="a", expert_id=5), Prune(layer="a", expert_id=6)),
+        (grow(slot=0),),
+        (grow(slot=1), grow(slot=1, expert_id=11)),
+        (Move(layer="a", expert_id=5, to_slot=2),),
+        (Move(layer="a", expert_id=5, to_slot=3),),
+    ],
+    ids=["not live", "pruned twice", "last expert", "taken", "taken by the plan", "onto an expert", "no such slot"],
+)
+def test_contradictions_are_refused(items):
+    with pytest.raises(PlacementError):
+        Plan(items=items).apply({"a": placement(5, None, 6)})
+
+
+def test_new_expert_must_have_the_next_id():
+    with pytest.raises(AssertionError, match="10, 12"):
+        grow(expert_id=12).apply(placement(5, None))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        grow(slot=2),
+        grow(expert_id=11),
+        grow(seeding="fresh"),
+        grow(parent_id=5),
+        grow(layer="b"),
+        grow(row=torch.nextafter(ROW, ROW + 1)),
+        Prune(layer="a", expert_id=10),
+        Move(layer="a", expert_id=10, to_slot=1),
+    ],
+    ids=["slot", "id", "seeding", "parent", "layer", "last bit of the gate row", "prune", "move"],
+)
+def test_different_plans_have_different_fingerprints(other):
+    assert Plan(items=(grow(),)).fingerprint() == Plan(items=(grow(row=ROW.clone()),)).fingerprint()
+    assert Plan(items=(grow(),)).fingerprint() != Plan(items=(other,)).fingerprint()
+
+
+def test_order_and_number_of_items_are_in_the_fingerprint():
+    a, b = Prune(layer="a", expert_id=1), Prune(layer="b", expert_id=1)
+    prints = [json.dumps(Plan(items=items).fingerprint()) for items in ((), (a,), (a, b), (b, a))]
+    assert len(set(prints)) == 4
+
+
+def test_parent_can_be_filled_in():
+    item = grow().with_parent(5)
+    assert item.parent_id == 5 and item.slot == 1 and item.gate_row is ROW

@@ -1,0 +1,120 @@
+"""`dynmoe train` where a launcher has set RANK, with a stand-in for the training itself: messages and certain ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# The training is replaced, and a thread that never ends stands for whatever would keep an interpreter from leaving.
+RANK = """
+import sys, threading, time, types
+from dynmoe_ds.errors import DataError
+def train(config):
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    print("training", flush=True)
+    {body}
+module = types.ModuleType("dynmoe_ds.training.run")
+module.train = train
+package = types.ModuleType("dynmoe_ds.training")
+sys.modules.update({{"dynmoe_ds.training": package, "dynmoe_ds.training.run": module}})
+from dynmoe_ds.cli import train as verb
+from dynmoe_ds.cli.main import main
+sys.exit(main(["train", "--local_rank=0", *sys.argv[1:]]))
+"""
+
+
+def start(folder: Path, body: str, *overrides: str, rank: int = 0, world_size: int = 2) -> subprocess.Popen[str]:
+    environment = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), DYNMOE_RUN_DIR=str(folder / "run"))
+    command = [sys.executable, "-c", RANK.format(body=body), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        said, complained = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, said, complained
+
+
+def test_another_number_of_ranks_than_configured_is_refused(tmp_path: Path) -> None:
+    code, said, complained = end(start(tmp_path, "pass", world_size=4))
+    assert code == 2 and said == ""
+    assert complained == (
+        "[rank 0] parallel.num_ranks is 2 but the launcher started 4. Add parallel.num_ranks=4, or start 2 ranks.\n"
+    )
+
+
+def test_a_users_fault_ends_at_once_with_a_message(tmp_path: Path) -> None:
+    code, _, complained = end(start(tmp_path, "raise DataError('No text. Write some.')"))
+    assert (code, complained) == (2, "[rank 0] No text. Write some.\n")
+
+
+def test_another_rank_lets_rank_zero_speak_first(tmp_path: Path) -> None:
+    process = start(tmp_path, "raise DataError('Only here.')", rank=1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    begun = time.monotonic()
+    code, _, complained = end(process)
+    assert (code, complained) == (2, "[rank 1] Only here.\n")
+    assert time.monotonic() - begun > 1.5, "longer than the launcher takes to notice that rank 0 has said the same"
+
+
+def test_a_rank_that_is_stopped_while_it_waits_says_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, "raise DataError('Everywhere.')", rank=1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    time.sleep(0.5)
+    process.terminate()
+    assert end(process) == (130, "", "")
+
+
+def test_any_other_error_is_a_traceback_and_a_certain_end(tmp_path: Path) -> None:
+    code, _, complained = end(start(tmp_path, "1 / 0", "parallel=single", world_size=1))
+    assert code == 1
+    assert complained.startswith("[rank 0] Traceback (most recent call last):")
+    assert complained.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_interrupts_and_later_ones_do_not_disturb_the_end(number: int, tmp_path: Path) -> None:
+    body = """
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("closing", flush=True)
+        time.sleep(1)
+        print("closed", flush=True)
+        raise
+    """
+    process = start(tmp_path, body.strip().replace("\n", "\n"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "closed\n", "")
+
+
+@pytest.mark.parametrize(("rank", "seen"), [(0, "note\nwarning\nerror\n"), (1, "[rank 1] error\n")])
+def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str, tmp_path: Path) -> None:
+    body = """
+    import logging
+    logger = logging.getLogger("dynmoe_ds.training.trainer")
+    logger.info("note"); logger.warning("warning"); logger.error("error")
+    logging.getLogger("a.library").info("chatter")
+    raise SystemExit(0)
+    """
+    assert end(start(tmp_path, body.strip(), rank=rank)) == (0, "training\n", seen)
+
+
+def test_an_exit_asked_for_by_the_training_keeps_its_code(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "raise SystemExit(85)"))[0] == 85

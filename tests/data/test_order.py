@@ -1,0 +1,78 @@
+from itertools import islice
+
+import pytest
+
+from dynmoe_ds.data import HeldOutOrder, TrainingOrder
+
+
+def _training_order(rank=0, world_size=1, micro=4, accumulation=1, num_sequences=10, seed=3) -> TrainingOrder:
+    return TrainingOrder(
+        seed=seed,
+        num_sequences=num_sequences,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _global_batch(step: int, world_size: int, micro: int, accumulation: int) -> list[int]:
+    batch = []
+    for rank in range(world_size):
+        order = _training_order(rank, world_size, micro, accumulation)
+        for micro_step in range(accumulation):
+            batch += order.indices(step, micro_step)
+    return sorted(batch)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1), (4, 1, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)])
+def test_a_step_reads_the_same_sequences_however_they_are_dealt_out(layout):
+    world_size, micro, accumulation = layout
+    for step in range(12):  # crosses epochs of 10 sequences in the middle of a step
+        assert _global_batch(step, world_size, micro, accumulation) == _global_batch(step, 1, 4, 1)
+
+
+def test_every_sequence_is_read_once_per_epoch_and_epochs_differ():
+    order = _training_order()
+    line = [index for step in range(5) for index in order.indices(step, 0)]
+    first, second = line[:10], line[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_a_step_needs_no_earlier_step():
+    fresh, used = _training_order(), _training_order()
+    for step in range(7):
+        used.indices(step, 0)
+    assert fresh.indices(7, 0) == used.indices(7, 0)
+
+
+def test_seeds_give_different_orders():
+    assert _training_order(seed=3).indices(0, 0) != _training_order(seed=4).indices(0, 0)
+
+
+def test_fewer_sequences_than_a_batch_repeat_evenly():
+    batch = _training_order(micro=6, num_sequences=3).indices(0, 0)
+    assert sorted(batch) == [0, 0, 1, 1, 2, 2]
+
+
+def test_held_out_batches_by_hand():
+    """5 sequences on 2 ranks in batches of 2: rank 0 has 0 1 | 4 and a repeat, rank 1 has 2 3 | two repeats."""
+    orders = [HeldOutOrder(num_sequences=5, micro_batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert list(orders[0]) == [([0, 1], [1.0, 1.0]), ([4, 0], [1.0, 0.0])]
+    assert list(orders[1]) == [([2, 3], [1.0, 1.0]), ([1, 2], [0.0, 0.0])]
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 4, 5, 12, 13])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_held_out_ranks_have_equal_batches_and_each_sequence_counts_once(num_sequences, world_size, micro):
+    orders = [
+        HeldOutOrder(num_sequences=num_sequences, micro_batch_size=micro, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({len(list(order)) for order in orders}) == 1
+    pairs = [pair for order in orders for indices, weights in order for pair in zip(indices, weights, strict=True)]
+    assert all(len(indices) == micro for order in orders for indices, _ in islice(order, 100))
+    assert sorted(index for index, weight in pairs if weight == 1.0) == list(range(num_sequences))
+    assert {weight for _, weight in pairs} <= {0.0, 1.0}

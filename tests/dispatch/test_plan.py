@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from dynmoe_ds.dispatch import plan_dispatch
+from dynmoe_ds.dispatch.plan import gather_rows, row_weights, sum_rows
+from tests.helpers.reference import assert_near
+
+
+def random_mask(num_tokens: int, num_slots: int, share: float) -> torch.Tensor:
+    return torch.rand(num_tokens, num_slots, generator=torch.Generator().manual_seed(num_tokens)) < share
+
+
+MASKS = {
+    "uneven": random_mask(13, 5, 0.4),
+    "one token": torch.tensor([[True, False, True]]),
+    "no tokens": torch.zeros(0, 3, dtype=torch.bool),
+    "nobody": torch.zeros(4, 3, dtype=torch.bool),
+    "everybody": torch.ones(4, 3, dtype=torch.bool),
+    "one expert": torch.tensor([[False, True]] * 5),
+    "one slot": torch.tensor([[True], [False], [True]]),
+}
+
+
+@pytest.fixture(params=MASKS.values(), ids=MASKS)
+def mask(request) -> torch.Tensor:
+    return request.param
+
+
+def pairs(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """(slot, token) of every row, in the order of rows."""
+    return [(s, t) for s in range(mask.shape[1]) for t in range(len(mask)) if mask[t, s]]
+
+
+def test_plan(mask):
+    plan, rows = plan_dispatch(mask), pairs(mask)
+    assert plan.token_index.tolist() == [t for _, t in rows]
+    assert plan.flat_index.tolist() == [s * len(mask) + t for s, t in rows]
+    assert plan.rows_per_slot.tolist() == [sum(s == slot for s, _ in rows) for slot in range(mask.shape[1])]
+    by_token = [[i for i, (_, t) in enumerate(rows) if t == token] for token in range(len(mask))]
+    assert plan.row_index.tolist() == [i for of_token in by_token for i in of_token]
+    assert plan.first_row.tolist() == [sum(map(len, by_token[:token])) for token in range(len(mask))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_and_sums(mask, dtype):
+    plan, rows = plan_dispatch(mask), pairs(mask)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(mask), 4, generator=generator).to(dtype).requires_grad_()
+    gathered = gather_rows(hidden, plan)
+    assert gathered.dtype == dtype and gathered.shape == (len(rows), 4)
+    assert all(torch.equal(gathered[i], hidden[t]) for i, (_, t) in enumerate(rows))
+
+    values = torch.randn(len(rows), 4, generator=generator).to(dtype).requires_grad_()
+    sums = torch.zeros(len(mask), 4, dtype=torch.float64)
+    for i, (_, t) in enumerate(rows):
+        sums[t] += values[i].detach().double()
+    assert_near(sum_rows(values, plan), sums)
+
+    # The two are each other's transpose: <gather(h), v> = <h, sum(v)>.
+    assert_near(torch.autograd.grad((gathered * values).sum(), hidden)[0], sums)
+    (grad,) = torch.autograd.grad((sum_rows(values, plan) * hidden).sum(), values)
+    assert torch.equal(grad, gathered.detach())
+
+
+def test_weights_of_rows(mask):
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    assert row_weights(weights, plan_dispatch(mask)).tolist() == [weights[t, s].item() for s, t in pairs(mask)]
+
+
+def test_sums_of_16_bit_rows_are_accumulated_in_float32():
+    plan = plan_dispatch(torch.ones(1, 300, dtype=torch.bool))
+    assert sum_rows(torch.ones(300, 1, dtype=torch.bfloat16), plan).item() == 300  # 256 + 1 is 256 in bfloat16
+
+
+def test_gradients_of_any_layout():
+    plan = plan_dispatch(MASKS["uneven"])
+    hidden = torch.randn(13, 4, requires_grad=True)
+    gather_rows(hidden, plan).sum().backward()  # an expanded gradient
+    assert torch.equal(hidden.grad[:, 0], MASKS["uneven"].sum(1).float())
+    rows = torch.randn(len(plan.flat_index), 4, requires_grad=True)
+    sum_rows(rows, plan).sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
+def test_gradients_by_finite_differences():
+    plan = plan_dispatch(MASKS["uneven"])
+    hidden = torch.randn(13, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda h: sum_rows(gather_rows(h, plan).square(), plan), hidden)

@@ -1,0 +1,196 @@
+"""Every error that a user of the engine can cause: on all ranks, in time, with words that help."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dynmoe_ds as dm
+from dynmoe_ds.adaptation import Decision, Move, Plan, Prune, register_rule
+from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError, DynMoEError, PlacementError, RoutingError
+from tests.helpers.models import TinyModel, batch, deepspeed_config, train
+from tests.helpers.spawn import run_ranks
+
+
+def _message(error_type: type[Exception], act: Any) -> str:
+    try:
+        act()
+    except error_type as e:
+        return str(e)
+    return f"no {error_type.__name__}"
+
+
+def _differing(rank: int, world_size: int) -> list[str]:
+    odd = rank == world_size - 1
+    return [
+        _message(DivergenceError, lambda: dm.initialize(TinyModel(2), deepspeed_config(2, lr=1e-2 if odd else 1e-3))),
+        _message(DivergenceError, lambda: dm.initialize(TinyModel(2, num_slots=16 if odd else 8), deepspeed_config(2))),
+        _message(DivergenceError, lambda: dm.initialize(TinyModel(1 if odd else 2), deepspeed_config(2))),
+        _message(
+            DivergenceError,
+            lambda: dm.initialize(TinyModel(2), deepspeed_config(2), dm.AdaptationConfig(4, 4 if odd else 2)),
+        ),
+        _message(
+            DynMoEError,
+            lambda: dm.initialize(
+                TinyModel(2), {**deepspeed_config(2), "fp16": {"enabled": True}} if odd else deepspeed_config(2)
+            ),
+        ),
+    ]
+
+
+def test_a_rank_with_another_configuration_is_an_error_on_every_rank() -> None:
+    start = time.monotonic()
+    results = run_ranks(_differing, 4, timeout_s=40)
+    assert time.monotonic() - start < 40
+    expected = [
+        ("deepspeed.optimizer", '"lr": 0.01', "rank 3", "rank 0, 1, 2"),
+        ("moe.0.num_slots is 8 on rank 0, 1, 2, 16 on rank 3.",),
+        ("moe.1.ep_size is 2 on rank 0, 1, 2, 1 on rank 3.",),
+        ("adaptation.window_steps is 2 on rank 0, 1, 2, 4 on rank 3.",),
+        ("fp16",),
+    ]
+    for messages in results:
+        for message, words in zip(messages, expected, strict=True):
+            assert all(word in message for word in words), (words, message)
+    assert "Another rank failed" in results[0][4] and "rank 3" in results[0][4]
+
+
+@register_rule("fails_on_rank_1")
+def _fails(records: Any, placement: Any, config: Any) -> Decision:
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("the user's own rule")
+    return Decision(pruned_ids=(), new_gate_row=None)
+
+
+@register_rule("differs_on_rank_1")
+def _differs(records: Any, placement: Any, config: Any) -> Decision:
+    ids = placement.live_ids[:1] if torch.distributed.get_rank() == 1 else ()
+    return Decision(pruned_ids=ids, new_gate_row=None)
+
+
+def _bad_rule(rank: int, world_size: int, rule: str) -> tuple[str, Any]:
+    engine = dm.initialize(TinyModel(2), deepspeed_config(1), dm.AdaptationConfig(2, 2, rule=rule))
+    before = engine.placements()
+    message = _message((ValueError, DivergenceError), lambda: train(engine, range(2), rank, world_size))  # type: ignore[arg-type]
+    return message, before == engine.placements()
+
+
+def test_a_rule_that_fails_on_one_rank_ends_all_ranks() -> None:
+    (first, _), (second, _) = run_ranks(_bad_rule, 2, "fails_on_rank_1", timeout_s=40)
+    assert "rank 1: ValueError: the user's own rule" in first
+    assert second == "the user's own rule"
+
+
+def test_plans_that_differ_change_nothing_anywhere() -> None:
+    for message, is_unchanged in run_ranks(_bad_rule, 2, "differs_on_rank_1", timeout_s=40):
+        assert "disagree on the plan" in message and '"kind": "prune"' in message and "rank 1" in message
+        assert is_unchanged
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).sum()
+
+
+def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    def config(**zero: Any) -> dict[str, Any]:
+        base = deepspeed_config(2)
+        return {**base, "zero_optimization": {**base["zero_optimization"], **zero}}
+
+    def start(settings: Any, model: nn.Module | None = None, adaptation: Any = None) -> Any:
+        return lambda: dm.initialize(model or TinyModel(1), settings, adaptation)
+
+    broken = Path(folder) / "broken.json"
+    broken.write_text("{")
+    frozen = TinyModel(1).requires_grad_(False)
+    offload = {"device": "cpu"}
+    out = {
+        "stage": _message(ConfigError, start(config(stage=7))),
+        "fp16": _message(ConfigError, start({**config(), "fp16": {"enabled": True}})),
+        "offload": _message(ConfigError, start(config(offload_optimizer=offload, offload_param=offload))),
+        "hpz": _message(ConfigError, start(config(stage=3, zero_hpz_partition_size=2))),
+        "quantized": _message(ConfigError, start(config(stage=3, zero_quantized_gradients=True))),
+        "sequence": _message(ConfigError, start({**config(stage=3), "sequence_parallel_size": 2})),
+        "no layer": _message(ConfigError, start(config(), _Plain(), dm.AdaptationConfig(1, 1))),
+        "rule": _message(ConfigError, start(config(), None, dm.AdaptationConfig(1, 1, rule="none"))),
+        "missing": _message(ConfigError, start(f"{folder}/nothing.json")),
+        "broken": _message(ConfigError, start(broken)),
+        "frozen": _message(ConfigError, start(config(), frozen)),
+    }
+    model = TinyModel(1)
+    model.moe[0].ep_size = 3
+    out["ep_size"] = _message(ConfigError, start(config(), model))
+    with deepspeed.zero.Init(config_dict_or_path={**config(stage=3), "train_batch_size": 1}):
+        out["zero.Init"] = _message(ConfigError, lambda: TinyModel(1))
+
+    engine = dm.initialize(TinyModel(1), config())
+    x, y = batch(0, 8)
+    engine(x, y)
+    out["no backward"] = _message(RoutingError, engine.step)
+    out["save"] = _message(CheckpointError, lambda: engine.save_checkpoint(folder))
+    out["load"] = _message(CheckpointError, lambda: engine.load_checkpoint(folder))
+    out["16bit"] = _message(CheckpointError, lambda: engine.save_16bit_model(folder))
+    prune = Plan(items=tuple(Prune(layer="moe.0", expert_id=i) for i in range(4)))
+    out["last expert"] = _message(PlacementError, lambda: engine.apply_plan(prune))
+    move = Plan(items=(Move(layer="moe.0", expert_id=0, to_slot=2),))
+    out["taken slot"] = _message(PlacementError, lambda: engine.apply_plan(move))
+    out["unchanged"] = str(engine.placements()["moe.0"].live_ids)
+    for name, function in {
+        "torch reentrant": lambda f, h: checkpoint(f, h, use_reentrant=True),
+        "deepspeed reentrant": deepspeed.checkpointing.checkpoint,
+    }.items():
+        reentrant = dm.initialize(TinyModel(1, checkpoint=function), config())
+        out[name] = _message(RoutingError, lambda e=reentrant: e(x, y))  # type: ignore[misc]
+    return out
+
+
+EXPECTED = {
+    "stage": "zero_optimization.stage is 7. Use 0, 1, 2 or 3.",
+    "fp16": "Use bf16",
+    "offload": "zero_optimization.offload_param is set",
+    "hpz": "zero_hpz_partition_size",
+    "quantized": "zero_quantized_gradients",
+    "sequence": "sequence_parallel_size",
+    "no layer": "the model has no MoELayer",
+    "rule": "adaptation.rule is 'none'. Use one of",
+    "missing": "nothing.json cannot be read: No such file or directory",
+    "broken": "broken.json is not valid JSON",
+    "frozen": "No parameter requires a gradient",
+    "ep_size": "moe.0: ep_size is 3 but there is one data-parallel rank",
+    "zero.Init": "Build the model outside of it",
+    "no backward": "Call engine.backward(loss), not loss.backward()",
+    "save": "load rank 0's experts on all ranks",
+    "load": "load rank 0's experts on all ranks",
+    "16bit": "engine.save_16bit_model is not available",
+    "last expert": "is the last live expert and cannot be pruned",
+    "taken slot": "Slot 2 holds expert 1. Free slots: 1, 3, 5, 7.",
+    "unchanged": "(0, 1, 2, 3)",
+    "torch reentrant": "moe.0 runs inside a reentrant activation checkpoint",
+    "deepspeed reentrant": "moe.0 runs inside a reentrant activation checkpoint",
+}
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_ranks(_user_errors, 1, str(tmp_path_factory.mktemp("errors")))[0]
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+def test_a_users_fault_is_named(messages: dict[str, str], fault: str) -> None:
+    assert EXPECTED[fault] in messages[fault]
+
+
+def test_all_faults_are_reported_at_once(messages: dict[str, str]) -> None:
+    assert "2 faults in the configuration" in messages["offload"]

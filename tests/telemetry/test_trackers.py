@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.telemetry.metrics import Metric
+from dynmoe_ds.telemetry.run_folder import RunFolder, read_adaptation, read_metrics
+from dynmoe_ds.telemetry.trackers import (
+    ConsoleTracker,
+    JsonLinesTracker,
+    WandbTracker,
+    build_trackers,
+    clock_time,
+    short_number,
+)
+from tests.telemetry.events_for_tests import LAYER, event
+
+
+def metrics(**values: float) -> list[Metric]:
+    """Metrics by name with `__` for the slash."""
+    return [Metric(name=name.replace("__", "/"), value=value, reduction="mean") for name, value in values.items()]
+
+
+FULL = [
+    *metrics(train__loss=3.4123, eval__loss=3.391, moe__mean_k=2.13, train__tokens_per_second=12345.0),
+    Metric(name="moe/live_experts/a", value=6, reduction="last"),
+    Metric(name="moe/live_experts/b", value=5, reduction="last"),
+]
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows after `written`: a carriage return goes back and overwrites."""
+    lines = [""]
+    column = 0
+    for character in written:
+        if character == "\n":
+            lines.append("")
+            column = 0
+        elif character == "\r":
+            column = 0
+        else:
+            lines[-1] = lines[-1][:column] + character + lines[-1][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_one_line_per_log_call_where_the_stream_is_no_terminal() -> None:
+    stream, clock = io.StringIO(), Clock()
+    tracker = ConsoleTracker(300, stream, clock)
+    tracker.log(100, metrics(train__loss=4.0))
+    clock.now += 4.6  # 0.23 s per step and 180 steps left: 41.4 s
+    tracker.log(120, FULL)
+    tracker.close()
+    assert stream.getvalue() == (
+        "step  100/300  loss 4.000\n"
+        "step  120/300  loss 3.412  held-out 3.391  k 2.13  experts 6 5  12.3k tok/s  eta 0:41\n"
+    )
+
+
+def test_the_first_estimate_comes_from_the_step_time_and_the_held_out_loss_stays() -> None:
+    stream, clock = io.StringIO(), Clock()
+    tracker = ConsoleTracker(10, stream, clock)
+    tracker.log(1, metrics(train__step_time_s=2.0, eval__loss=5.0))
+    clock.now += 1
+    tracker.log(2, metrics(train__loss=math.nan))
+    assert (
+        stream.getvalue() == "step   1/10  held-out 5.000  eta 0:18\nstep   2/10  loss nan  held-out 5.000  eta 0:08\n"
+    )
+
+
+def test_many_layers_are_summed_up() -> None:
+    stream = io.StringIO()
+    live = [Metric(name=f"moe/live_experts/{index}", value=3 + index, reduction="last") for index in range(9)]
+    ConsoleTracker(10, stream).log(10, live)
+    assert stream.getvalue() == "step  10/10  experts 3..11 in 9 layers\n"
+
+
+def test_a_terminal_sees_one_line_rewritten_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    tracker = ConsoleTracker(300, stream, Clock())
+    tracker.log(1, metrics(train__loss=1e15))
+    tracker.log(2, metrics(train__loss=4.0))
+    assert "\n" not in stream.getvalue() and stream.getvalue().count("\r") == 2
+    assert screen(stream.getvalue()) == ["step    2/300  loss 4.000  eta 0:00"]
+    tracker.log_event(event())
+    assert screen(stream.getvalue())[1:] == ["step    2/300  loss 4.000  eta 0:00"]
+    tracker.log(3, metrics(train__loss=3.0))
+    tracker.close()
+    tracker.close()
+    assert screen(stream.getvalue()) == [
+        f"step 60: layer {LAYER} grew expert 4 (copy_nearest of 2), pruned 1 -> 5 live of 16 slots",
+        "step    3/300  loss 3.000  eta 0:00",
+        "",
+    ]
+
+
+def test_a_line_longer_than_the_terminal_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    ConsoleTracker(300, stream).log(120, FULL)
+    assert screen(stream.getvalue()) == ["step  120/300  loss"]
+
+
+def test_without_a_stream_lines_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = ConsoleTracker(10)
+    with caplog.at_level(logging.INFO):
+        tracker.log(5, metrics(train__loss=1.0))
+        tracker.log_event(event(5))
+        tracker.close()
+    assert [record.message for record in caplog.records] == [
+        "step   5/10  loss 1.000",
+        f"step 5: layer {LAYER} grew expert 4 (copy_nearest of 2), pruned 1 -> 5 live of 16 slots",
+    ]
+    assert {record.name for record in caplog.records} == {"dynmoe_ds.telemetry.trackers"}
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            event(pruned=[], grown=[], moved=[{"expert_id": 3, "from_slot": 1, "to_slot": 9}]),
+            [f"step 60: layer {LAYER} moved expert 3 from slot 1 to 9 -> 5 live of 16 slots"],
+        ),
+        (
+            event(pruned=[1, 2], grown=[{"expert_id": 7, "slot": 1, "rank": 0, "parent_id": None, "seeding": "fresh"}]),
+            [f"step 60: layer {LAYER} grew expert 7 (fresh), pruned 1 2 -> 5 live of 16 slots"],
+        ),
+        (
+            event(
+                pruned=[],
+                grown=[
+                    {"expert_id": 7, "slot": 1, "rank": 0, "parent_id": 2, "seeding": "copy_nearest"},
+                    {"expert_id": 8, "slot": 4, "rank": 1, "parent_id": None, "seeding": "mean"},
+                ],
+            ),
+            [f"step 60: layer {LAYER} grew expert 7 (copy_nearest of 2), expert 8 (mean) -> 5 live of 16 slots"],
+        ),
+        (event(pruned=[], grown=[]), ["step 60: adaptation changed nothing"]),
+        (
+            event(pruned=[], grown=[], live_after=16, out_of_slots=True, warnings=("k is high",)),
+            [
+                f"step 60: layer {LAYER} is out of slots: 16 of 16 are live, so no further expert could be added. "
+                "Raise model.num_slots, or grow less (adaptation.min_unrouted_share), or prune more "
+                "(adaptation.prune_below_share).",
+                "step 60: warning: k is high",
+            ],
+        ),
+    ],
+)
+def test_events_in_words(told: dict[str, Any], expected: list[str]) -> None:
+    stream = io.StringIO()
+    ConsoleTracker(300, stream).log_event(told)
+    assert stream.getvalue().splitlines() == expected
+
+
+def test_json_lines_tracker_writes_the_run_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tracker = JsonLinesTracker(folder)
+    tracker.log(5, metrics(train__loss=3.0, moe__mean_k=math.nan))
+    tracker.log_event(event())
+    tracker.close()
+    (line,) = read_metrics(tmp_path)
+    assert line["step"] == 5 and line["train/loss"] == 3.0 and line["moe/mean_k"] is None
+    assert read_adaptation(tmp_path) == [event()]
+
+
+def test_wandb_offline_fills_the_run_folder_and_talks_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        tracker = WandbTracker(tmp_path, {"seed": 1}, "project", "offline")
+        tracker.log(60, metrics(train__loss=math.nan, moe__mean_k=1.5))
+        tracker.log_event(event())
+        tracker.log(30, metrics(train__loss=2.0))  # out of order
+        tracker.close()
+        tracker.close()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert "wandb failed" not in caplog.text
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (recorded,) = run.glob("run-*.wandb")
+    deadline = time.monotonic() + 30
+    while b"train/loss" not in recorded.read_bytes():  # wandb's own process writes the file soon after `finish`
+        assert time.monotonic() < deadline, recorded.read_bytes()
+        time.sleep(0.1)
+    assert b"seed" in recorded.read_bytes()
+    (table,) = run.rglob("*.table.json")
+    assert "grew expert 4 (copy_nearest of 2)" in json.loads(table.read_text())["data"][0][1]
+
+
+class FailingRun:
+    """A wandb run whose every call fails."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        """Works."""
+
+    def log(self, *_: Any, **__: Any) -> None:
+        self.num_calls += 1
+        raise OSError("disk full")
+
+    finish = log
+
+
+def test_a_wandb_failure_is_told_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    run = FailingRun()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    tracker = WandbTracker(tmp_path, {}, "project", "offline")
+    for step in (1, 2):
+        tracker.log(step, metrics(train__loss=1.0))
+        tracker.log_event(event())
+    tracker.close()
+    assert run.num_calls == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "wandb failed while logging (OSError: disk full). Training goes on without it" in record.message
+
+
+@pytest.mark.parametrize("fails_in", ["starting", "making a table", "finishing"])
+def test_wandb_may_fail_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails_in: str
+) -> None:
+    import wandb
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+    run = FailingRun()
+    monkeypatch.setattr(run, "log", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "init", fail if fails_in == "starting" else lambda **_: run)
+    if fails_in == "making a table":
+        monkeypatch.setattr(wandb, "Table", fail)
+    tracker = WandbTracker(tmp_path, {}, "project", "online")
+    tracker.log_event(event())
+    tracker.close()
+    (record,) = caplog.records
+    assert f"wandb failed while {fails_in}" in record.message
+
+
+def hide_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_wandb_is_an_error_on_every_rank_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, rank: int
+) -> None:
+    hide_wandb(monkeypatch)
+    folder = RunFolder(tmp_path) if rank == 0 else None
+    common: dict[str, Any] = {"rank": rank, "folder": folder, "config": {}, "total_steps": 1, "wandb_project": "p"}
+    with pytest.raises(ConfigError, match=rf"wandb_mode is {mode} but .*not installed. Run `pip install wandb`"):
+        build_trackers(**common, wandb_mode=mode)
+    assert len(build_trackers(**common, wandb_mode="disabled")) == (2 if rank == 0 else 0)
+
+
+def test_an_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"telemetry.wandb_mode is 'on'. Use offline, online or disabled"):
+        WandbTracker(tmp_path, {}, "project", "on")  # type: ignore[arg-type]
+
+
+def test_rank_0_has_every_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: FailingRun())
+    trackers = build_trackers(
+        rank=0,
+        folder=RunFolder(tmp_path),
+        config={},
+        total_steps=1,
+        wandb_mode="offline",
+        wandb_project="p",
+        stream=io.StringIO(),
+    )
+    assert [type(tracker) for tracker in trackers] == [JsonLinesTracker, ConsoleTracker, WandbTracker]
+
+
+def test_slow_packages_are_imported_only_when_used() -> None:
+    code = "import sys, dynmoe_ds.telemetry; sys.exit(str({'wandb', 'matplotlib', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (850.4, "850"), (12345, "12.3k"), (1_200_000, "1.2M"), (3e9, "3.0G")]
+)
+def test_short_numbers(value: float, text: str) -> None:
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (41, "0:41"), (3661, "1:01:01")])
+def test_clock_times(seconds: float, text: str) -> None:
+    assert clock_time(seconds) == text

@@ -1,0 +1,50 @@
+import torch
+
+from dynmoe_ds.moe import Placement
+from dynmoe_ds.routing import RoutingRecords
+from dynmoe_ds.training.expert_loads import ExpertLoads
+
+
+def _records(tokens_per_slot: list[int], num_tokens: int, num_unrouted: int) -> RoutingRecords:
+    return RoutingRecords(
+        tokens_per_slot=torch.tensor(tokens_per_slot),
+        num_tokens=torch.tensor(num_tokens),
+        num_assignments=torch.tensor(sum(tokens_per_slot)),
+        num_unrouted=torch.tensor(num_unrouted),
+        unrouted_sum=torch.zeros(2, dtype=torch.float64),
+    )
+
+
+def _placement(*expert_ids: int | None) -> Placement:
+    return Placement(expert_ids=expert_ids, next_id=9, ep_size=1)
+
+
+def test_loads_follow_experts_when_a_slot_changes_hands():
+    """Slot 1 holds expert 1, which is pruned; expert 2 is born into slot 1."""
+    loads = ExpertLoads()
+    loads.add({"a": _records([10, 5, 0], 10, 1)}, {"a": _placement(0, 1, None)})
+    now = {"a": _placement(0, 2, 3)}
+    loads.add({"a": _records([6, 4, 0], 10, 0)}, now)
+    assert loads.line(now) == {"a": {"load": {0: 16, 2: 4, 3: 0, 1: 5}, "num_tokens": 20, "num_unrouted": 1}}
+    metrics = {metric.name: metric.value for metric in loads.metrics(now)}
+    assert metrics == {
+        "moe/mean_k/a": 25 / 20,
+        "moe/live_experts/a": 3,
+        "moe/unrouted_share/a": 1 / 20,
+        "moe/busiest_share/a": 16 / 20,
+        "moe/mean_k": 25 / 20,
+    }
+
+
+def test_mean_k_is_the_mean_over_layers_and_free_slots_have_no_line():
+    loads = ExpertLoads()
+    now = {"a": _placement(0, None), "b": _placement(None, 4)}
+    loads.add({"a": _records([8, 0], 8, 0), "b": _records([0, 4], 8, 4)}, now)
+    metrics = {metric.name: metric.value for metric in loads.metrics(now)}
+    assert metrics["moe/mean_k"] == 0.75
+    assert loads.line(now)["b"]["load"] == {4: 4}
+
+
+def test_without_moe_layers_there_is_nothing_to_log():
+    assert ExpertLoads().metrics({}) == []
+    assert ExpertLoads().line({}) == {}

@@ -1,0 +1,235 @@
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.helpers.spawn import run_ranks
+from transformers import PreTrainedTokenizerFast
+
+from dynmoe_ds.adaptation import AdaptationConfig
+from dynmoe_ds.config.schema import (
+    DataConfig,
+    ExpertConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TelemetryConfig,
+    TrainingConfig,
+)
+from dynmoe_ds.errors import DynMoEError
+from dynmoe_ds.routing import TopAnyConfig
+from dynmoe_ds.telemetry import read_adaptation, read_experts, read_metrics
+from dynmoe_ds.training import Trainer, trainer
+
+STEPS = 12
+
+
+def _config(run_dir: Path, **parallel) -> RunConfig:
+    """Four sequences a step, logs at 5, 8, 10 and 12, evaluations at 8 and 12, adaptations at 4, 8 and 12."""
+    return RunConfig(
+        seed=0,
+        run_dir=str(run_dir),
+        model=ModelConfig(
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            dense_ffn_hidden_size=48,
+            expert_ffn_hidden_size=32,
+            moe_every=2,
+            num_experts=4,
+            num_slots=8,
+        ),
+        expert=ExpertConfig(kind="swiglu"),
+        router=TopAnyConfig(),
+        adaptation=AdaptationConfig(every_steps=4, window_steps=2, prune_below_share=0.95),
+        data=DataConfig(name="pydoc_topics", vocab_size=400, sequence_length=24, held_out_every=10),
+        optim=OptimConfig(
+            lr=3e-3,
+            beta1=0.9,
+            beta2=0.95,
+            weight_decay=0.1,
+            warmup_steps=2,
+            final_lr_fraction=0.1,
+            gradient_clipping=1.0,
+        ),
+        parallel=ParallelConfig(
+            **{
+                "num_ranks": 1,
+                "ep_size": 1,
+                "zero_stage": 1,
+                "dtype": "float32",
+                "activation_checkpointing": "none",
+                "process_group_timeout_s": 30,
+                **parallel,
+            }
+        ),
+        training=TrainingConfig(
+            steps=STEPS,
+            micro_batch_size=4,
+            gradient_accumulation_steps=1,
+            log_every_steps=5,
+            eval_every_steps=8,
+            eval_sequences=5,
+            sample_prompt="The ",
+            sample_tokens=6,
+        ),
+        telemetry=TelemetryConfig(wandb_mode="disabled", wandb_project="none"),
+    )
+
+
+def _with_batch(config: RunConfig, micro: int, accumulation: int = 1) -> RunConfig:
+    training = replace(config.training, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    return replace(config, training=training)
+
+
+def _train(rank: int, world_size: int, config: RunConfig) -> None:
+    Trainer(config).run()
+
+
+def _values(run_dir: Path, name: str) -> dict[int, float]:
+    return {line["step"]: line[name] for line in read_metrics(run_dir) if name in line}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "one"
+    run_ranks(_train, 1, _config(run_dir))
+    return run_dir
+
+
+def test_the_run_folder_tells_the_run(one_rank):
+    losses = _values(one_rank, "train/loss")
+    assert list(losses) == [5, 8, 10, 12]
+    assert losses[12] < losses[5]
+    assert list(_values(one_rank, "eval/loss")) == [8, 12]
+    assert _values(one_rank, "train/tokens_seen") == {step: step * 4 * 24 for step in losses}
+    assert _values(one_rank, "train/learning_rate")[12] == pytest.approx(3e-4)
+    for name in ("train/tokens_per_second", "train/step_time_s", "train/gradient_norm", "train/aux_loss"):
+        assert all(value > 0 for value in _values(one_rank, name).values()), name
+    for name in ("config.yaml", "versions.json", "report.html"):
+        assert (one_rank / name).stat().st_size > 0, name
+    assert (one_rank / "sample.txt").read_text().startswith("The ")
+
+
+def test_the_saved_tokenizer_is_a_hugging_face_one(one_rank):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(one_rank / "tokenizer")
+    assert tokenizer.decode(tokenizer("def f(x): ...")["input_ids"]) == "def f(x): ..."
+
+
+def test_loads_add_up_across_adaptations(one_rank):
+    lines, events = read_experts(one_rank), read_adaptation(one_rank)
+    assert [event["step"] for event in events] == [4, 8, 12]
+    assert [line["step"] for line in lines] == [5, 8, 10, 12]
+    mean_k = _values(one_rank, "moe/mean_k/model.layers.1.mlp")
+    live = _values(one_rank, "moe/live_experts/model.layers.1.mlp")
+    previous = 0
+    for line in lines:
+        layer = line["layers"]["model.layers.1.mlp"]
+        assert layer["num_tokens"] == (line["step"] - previous) * 4 * 24
+        assert sum(layer["load"].values()) == pytest.approx(mean_k[line["step"]] * layer["num_tokens"])
+        previous = line["step"]
+    assert live[12] == events[-1]["layers"]["model.layers.1.mlp"]["live_after"]
+    changes = [event["layers"]["model.layers.1.mlp"] for event in events]
+    assert any(change["tokens_per_expert"][str(e)] > 0 for change in changes for e in change["pruned"]), (
+        "the example must prune an expert that took tokens, or the test shows nothing"
+    )
+
+
+# Ranks, sequences per rank and micro step, micro steps, and what else differs.
+LAYOUTS = {
+    "accumulation": (1, 2, 2, {"zero_stage": 0}),
+    "experts over ranks": (2, 2, 1, {"ep_size": 2, "zero_stage": 2, "activation_checkpointing": "deepspeed"}),
+    "ZeRO-3": (2, 1, 2, {"zero_stage": 3, "activation_checkpointing": "torch"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_the_same_run_on_another_layout(layout, one_rank, tmp_path):
+    world_size, micro, accumulation, parallel = LAYOUTS[layout]
+    config = _with_batch(_config(tmp_path / "run", num_ranks=world_size, **parallel), micro, accumulation)
+    run_ranks(_train, world_size, config)
+    for name in ("train/loss", "eval/loss", "train/tokens_seen", "moe/mean_k"):
+        assert _values(tmp_path / "run", name) == pytest.approx(_values(one_rank, name), rel=1e-4), name
+    assert _counts(tmp_path / "run") == _counts(one_rank)
+
+
+def _counts(run_dir: Path) -> list[dict]:
+    return [event["layers"]["model.layers.1.mlp"]["tokens_per_expert"] for event in read_adaptation(run_dir)]
+
+
+def _interrupted(rank: int, world_size: int, config: RunConfig) -> dict:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    trainer.logger.addHandler(handler)
+    run = Trainer(config)
+    train_step = run._train_step
+
+    def stop_at_step_7(step: int) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+        train_step(step)
+
+    run._train_step = stop_at_step_7
+    is_raised = False
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        is_raised = True
+    rates = {group["lr"] for group in run.engine.optimizer.param_groups}
+    return {"message": messages[-1], "is_raised": is_raised, "rates": rates}
+
+
+def test_an_interrupt_keeps_what_was_written_and_says_so(tmp_path):
+    [result] = run_ranks(_interrupted, 1, _config(tmp_path / "run"))
+    assert result["is_raised"]
+    assert result["message"] == f"Interrupted after 7 of 12 steps. What was written is in {tmp_path / 'run'}."
+    # The last step taken was step 6 from 0: the fifth of ten after the warm-up, half-way between 3e-3 and 3e-4.
+    assert list(result["rates"]) == [pytest.approx(1.65e-3)]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [5]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "sample.txt").exists()
+
+
+def _refusals(rank: int, world_size: int, configs: list[RunConfig]) -> list[str]:
+    answers = []
+    for config in configs:
+        try:
+            Trainer(config)
+        except DynMoEError as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_every_rank_refuses_what_rank_0_cannot_use(tmp_path):
+    used, fresh = tmp_path / "used", tmp_path / "fresh"
+    used.mkdir()
+    (used / "metrics.jsonl").write_text(json.dumps({"step": 1}))
+    (tmp_path / "short.txt").write_text("too short")
+    config = _config(fresh, num_ranks=2)
+    short = replace(config, data=replace(config.data, name="text_file", path=str(tmp_path / "short.txt")))
+    for folder, text in run_ranks(_refusals, 2, [_config(used, num_ranks=2), short]):
+        assert "exists and is not empty" in folder
+        assert "The text has 9 characters" in text
+    assert not fresh.exists()
+
+
+def _warnings(rank: int, world_size: int, config: RunConfig) -> list[str]:
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    trainer.logger.addHandler(handler)
+    Trainer(config).run()
+    return messages
+
+
+def test_routing_that_goes_wrong_is_warned_about_once_per_layer_on_rank_0(tmp_path):
+    """Without adaptation the paper's router leaves more than 5 % of the tokens of this run without an expert."""
+    config = replace(_config(tmp_path / "run", num_ranks=2), adaptation=None)
+    config = replace(config, training=replace(config.training, log_every_steps=1, eval_sequences=10_000))
+    first, second = run_ranks(_warnings, 2, config)
+    assert len([message for message in first if "no open gate" in message]) == 1
+    assert any("eval_sequences is 10000 but the held-out part has" in message for message in first)
+    assert second == []
