@@ -92,6 +92,17 @@ def test_which_thresholds_the_price_reaches(straight_through, reached):
     torch.testing.assert_close(router.threshold.grad, torch.where(torch.tensor(reached), -slope, 0.0))
 
 
+@pytest.mark.parametrize("straight_through", ["all_live", "active_only"])
+@pytest.mark.parametrize("weighting", ["average", "softmax"])
+def test_output_reaches_the_thresholds_of_open_gates_only(weighting, straight_through):
+    router = build_router(TopAnyConfig(weighting=weighting, straight_through=straight_through), 3, 3)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+        router.threshold.copy_(torch.tensor([0.5, 0.9, -2.0]))
+    router(TOKENS[:1], ACTIVE, None).weights.sum().backward()
+    assert (router.threshold.grad != 0).tolist() == [True, False, False]
+
+
 def test_prices():
     routing = route(efficiency_weight=1.0, price_weight=1.0)
     assert routing.aux_losses["price"].item() == pytest.approx(2 / 3)  # two open gates, three tokens
