@@ -33,8 +33,10 @@ class DenseFFN(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def layer_with_mean_k(x: Tensor, ffn_hidden_size: int, num_experts: int, k: int, router: str) -> tuple[dm.MoELayer, float]:
-    """A layer whose thresholds are set so that every expert takes k/K of the tokens `x` [T, D]; and its measured mean k."""
+def layer_with_mean_k(
+    x: Tensor, ffn_hidden_size: int, num_experts: int, k: int, router: str
+) -> tuple[dm.MoELayer, float]:
+    """A layer with thresholds set so that every expert takes k/K of the tokens `x` [T, D]; and its measured mean k."""
     layer = dm.MoELayer(
         hidden_size=x.shape[1],
         ffn_hidden_size=ffn_hidden_size,

@@ -1,4 +1,4 @@
-"""Mixture-of-experts training on stock DeepSpeed: tokens choose how many experts they use, experts grow and are pruned."""
+"""Mixture-of-experts training on stock DeepSpeed: tokens choose their number of experts, experts come and go."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ from dynmoe_ds import errors
 
 if TYPE_CHECKING:
     from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController
-    from dynmoe_ds.config import load_config
+    from dynmoe_ds.config.load import load_config
     from dynmoe_ds.engine import initialize
     from dynmoe_ds.moe import MoELayer, StepLedger
     from dynmoe_ds.routing import Router, RouterConfig, Routing, RoutingRecords, TopAnyConfig, register_router
@@ -26,7 +26,7 @@ _ROOMS = {
     "TopAnyConfig": "routing",
     "Trainer": "training",
     "initialize": "engine",
-    "load_config": "config",
+    "load_config": "config.load",
     "register_router": "routing",
 }
 

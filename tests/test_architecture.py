@@ -35,7 +35,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str], bool]]:
-    """(module, names, whether it happens at import time) of every import; those for type checkers alone are left out."""
+    """(module, names, whether at import time) of every import but those for type checkers."""
 
     def walk(node: ast.AST, at_import: bool) -> Iterator[tuple[str, list[str], bool]]:
         for child in ast.iter_child_nodes(node):
@@ -63,7 +63,9 @@ def test_rooms_import_downwards_only(path: Path) -> None:
     if room is None or room == "__main__":
         return  # the package's own face may look into every room
     for module, names, _ in imports(path):
-        for target in {room_of(module)} | ({room_of(f"dynmoe_ds.{name}") for name in names} if module == "dynmoe_ds" else set()):
+        for target in {room_of(module)} | (
+            {room_of(f"dynmoe_ds.{name}") for name in names} if module == "dynmoe_ds" else set()
+        ):
             if target is not None and target != room:
                 assert target in LEVEL, f"{path} imports {module}, which is in no room"
                 assert LEVEL[target] < LEVEL[room], f"{path} ({room}) imports {module} ({target})"

@@ -11,9 +11,9 @@ from dynmoe_ds.adaptation.rules import tokens_per_expert
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
 
+# One of the two was seen in every run that failed to train well: more than this share of the tokens without an open
+# gate, or more than this share of the live experts used by the average token.
 UNROUTED_ALARM_SHARE = 0.05
-"""More tokens than this without an open gate, or more than `CROWDED_ALARM_SHARE` of the live experts per token, were seen
-in every run of the first study that failed to train well."""
 CROWDED_ALARM_SHARE = 0.9
 
 
@@ -57,7 +57,7 @@ def describe(
             "pruned": [item.expert_id for item in items if isinstance(item, Prune)],
             "grown": [_grown(item, after[name]) for item in items if isinstance(item, Grow)],
             "moved": [
-                {"expert_id": i.expert_id, "from_slot": before[name].slot_of(i.expert_id), "to_slot": i.to_slot}
+                {"expert_id": i.expert_id, "from_slot": before[name].slots_by_id.get(i.expert_id), "to_slot": i.to_slot}
                 for i in items
                 if isinstance(i, Move)
             ],
@@ -79,13 +79,13 @@ def alarms(layer: str, record: RoutingRecords, *, num_live: int) -> list[str]:
     found = []
     if record.unrouted_share > UNROUTED_ALARM_SHARE:
         found.append(
-            f"{layer}: {record.unrouted_share:.1%} of the tokens have no open gate. Thresholds may be running away; "
-            "router=top_any_recommended trains more evenly."
+            f"{layer}: {record.unrouted_share:.1%} of the tokens have no open gate. If that "
+            "lasts, thresholds run away: lower the losses that close gates (price, efficiency, load balance)."
         )
     if num_live > 1 and record.mean_k > CROWDED_ALARM_SHARE * num_live:
         found.append(
-            f"{layer}: tokens use {record.mean_k:.2f} of {num_live} experts on average, nearly all of them. Raise "
-            "router.price_weight, or use router=top_any_recommended."
+            f"{layer}: tokens use {record.mean_k:.2f} of {num_live} experts on average, nearly all of them. "
+            "If that lasts, raise router.price_weight."
         )
     return found
 

@@ -96,4 +96,3 @@ class Plan:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks, readable in an error message; gate rows enter as checksums."""
         return {f"item {i}": item.to_dict() for i, item in enumerate(self.items)} | {"items": len(self.items)}
-

@@ -57,14 +57,19 @@ def read_text(config: DataConfig) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise DataError(f"data.path is {str(path)!r} but there is no such file (seen from {Path.cwd()}). "
-                        "Give the path of a UTF-8 text file.") from None
+        raise DataError(
+            f"data.path is {str(path)!r} but there is no such file (seen from {Path.cwd()}). "
+            "Give the path of a UTF-8 text file."
+        ) from None
     except OSError as error:
-        raise DataError(f"data.path is {str(path)!r} but cannot be read: {error.strerror}. "
-                        "Give the path of a readable text file.") from error
+        raise DataError(
+            f"data.path is {str(path)!r} but cannot be read: {error.strerror}. Give the path of a readable text file."
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path is {str(path)!r} but is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-                        f"{error.start}. Convert it, for example with `iconv -t UTF-8`.") from error
+        raise DataError(
+            f"data.path is {str(path)!r} but is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}. Convert it, for example with `iconv -t UTF-8`."
+        ) from error
 
 
 def split_text(text: str, held_out_every: int) -> tuple[list[str], list[str]]:

@@ -43,7 +43,7 @@ def plan_dispatch(mask: Tensor) -> DispatchPlan:
 
 
 def gather_rows(hidden: Tensor, plan: DispatchPlan) -> Tensor:
-    """Rows [N, D] of hidden [T, D], one per chosen (token, slot). The gradient is summed per token, deterministically."""
+    """Rows [N, D] of hidden [T, D], one per chosen (token, slot). Gradients are summed per token in a fixed order."""
     return _GatherRows.apply(hidden, plan)
 
 

@@ -46,9 +46,7 @@ class _Exchange(torch.autograd.Function):
         return None, None, None, *(_all_to_all(grad, received_splits, sent_splits, ctx.group) for grad in grads)
 
 
-def _all_to_all(
-    tensor: Tensor, sent_splits: list[int], received_splits: list[int], group: dist.ProcessGroup
-) -> Tensor:
+def _all_to_all(tensor: Tensor, sent_splits: list[int], received_splits: list[int], group: dist.ProcessGroup) -> Tensor:
     out = tensor.new_empty((sum(received_splits), *tensor.shape[1:]))
     dist.all_to_all_single(out, tensor.contiguous(), received_splits, sent_splits, group=group)
     return out

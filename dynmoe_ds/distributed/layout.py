@@ -34,7 +34,7 @@ class Layout:
 
 
 def current_layout(ep_size: int) -> Layout:
-    """The layout of this process: from torch.distributed if it is initialised, else from RANK and WORLD_SIZE, else 1 rank.
+    """The layout of this process: from torch.distributed if that is initialised, else from RANK and WORLD_SIZE, else 1.
 
     Raises: ConfigError if `ep_size` does not divide the ranks.
     """

@@ -37,9 +37,9 @@ _NATIVE_CHECKPOINT_METHODS = ("save_16bit_model", "save_fp16_model", "load_unive
 class Engine:
     """Made by `dynmoe_ds.initialize`. Whatever is not defined here is DeepSpeed's engine's.
 
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         self.masters = EngineMasters(deepspeed_engine)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass. In training mode the layers' losses and records are kept for `backward` and `step`."""
+        """The model's forward pass. In training mode its layers' losses and records are kept for `backward`, `step`."""
         if not (self.module.training and torch.is_grad_enabled()):
             return self._deepspeed(*args, **kwargs)
         with self._ledger:

@@ -175,8 +175,9 @@ def _fingerprint(
 
 def _prefer_torch_adam(settings: dict[str, Any]) -> None:
     """On a CPU, DeepSpeed's Adam is compiled at the first use; torch's does the same without a compiler."""
-    optimizer = settings.get("optimizer")
-    if optimizer and get_accelerator().device_name() == "cpu" and optimizer.get("type", "").lower() in ("adam", "adamw"):
+    optimizer = settings.get("optimizer", {})
+    is_adam = optimizer.get("type", "").lower() in ("adam", "adamw")
+    if is_adam and get_accelerator().device_name() == "cpu":
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
 
 

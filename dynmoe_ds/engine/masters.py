@@ -107,7 +107,7 @@ class EngineMasters:
         return start * per_row, stop * per_row
 
     def _fragment(self, param: nn.Parameter) -> _Fragment | None:
-        """None when this rank holds no element of the parameter's state. Raises: SurgeryError for an unknown optimiser."""
+        """None when this rank holds no element of the state. Raises: SurgeryError for an unknown optimiser."""
         if _is_zero3(param):
             return self._zero3_fragment(param)
         if hasattr(param, "_hp_mapping"):

@@ -91,7 +91,7 @@ def attach(layers: Iterable[MoELayer], zero_stage: int) -> None:
 
 
 def check_partitioning(layers: Iterable[MoELayer]) -> None:
-    """At ZeRO-3, make sure that experts are split over their replicas only, since the contrary trains silently wrong."""
+    """At ZeRO-3, make sure that experts are split over their replicas only: else they train silently wrong."""
     for layer in layers:
         expected = dist.get_process_group_ranks(expert_data_parallel_group(layer.ep_size))
         for param in layer.experts.parameters():

@@ -27,7 +27,7 @@ class MoELayer(nn.Module):
     function of it and of the expert's id alone, whatever the layout; None draws one from torch's default generator,
     so that `torch.manual_seed` governs it.
 
-    Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on, the slots of this rank.
+    Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on for this rank's slots.
     `active` [S] bool: the live slots, equal on all ranks.
 
     With ep_size above 1 every call is collective over the expert-parallel group (and the first call over all ranks,
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         self.active.copy_(torch.tensor(live))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """y [..., D] for x [..., D]. token_mask [...] bool: True is a real token; padding gives zeros and counts nowhere.
+        """y [..., D] for x [..., D]. token_mask [...] bool: True is a real token; padding gives zeros, counts nowhere.
 
         A token that chooses no expert gives zeros in training, unless the router has a fallback.
         Raises: RoutingError for a wrong width, a token mask of another shape, or a reentrant activation checkpoint.
@@ -105,7 +105,7 @@ class MoELayer(nn.Module):
             y = run_local(hidden, routing, self.experts)
         else:
             if self.ep_group is None:
-                self._join_group()
+                self.ep_group = self._join_group()
             y = run_all_to_all(hidden, routing, self.experts, self.ep_group)
         return y.view(x.shape)
 
@@ -126,13 +126,13 @@ class MoELayer(nn.Module):
             )
         return None if token_mask is None else token_mask.reshape(-1)
 
-    def _join_group(self) -> None:
+    def _join_group(self) -> dist.ProcessGroup:
         if not dist.is_initialized():
             raise RoutingError(
                 f"ep_size is {self.ep_size} but torch.distributed is not initialised. Call dynmoe_ds.initialize or "
                 "torch.distributed.init_process_group first."
             )
-        self.ep_group = expert_parallel_group(self.ep_size)
+        return expert_parallel_group(self.ep_size)
 
     @torch.no_grad()
     def _fill_live_slots(self) -> None:
@@ -146,7 +146,7 @@ class MoELayer(nn.Module):
 
 
 def layer_faults(*, num_experts: int, num_slots: int, ep_size: int) -> list[str]:
-    """What is wrong with the sizes of a pool, one sentence each; whether `ep_size` fits the ranks is asked elsewhere."""
+    """What is wrong with the sizes of a pool, one sentence each; not whether `ep_size` fits the ranks."""
     found = []
     if num_slots < 1 or not 1 <= num_experts <= num_slots:
         found.append(f"num_experts is {num_experts} but must be between 1 and num_slots ({num_slots}).")
@@ -155,7 +155,7 @@ def layer_faults(*, num_experts: int, num_slots: int, ep_size: int) -> list[str]
     elif num_slots % ep_size != 0:
         found.append(
             f"num_slots is {num_slots} but must be a multiple of ep_size ({ep_size}). "
-            f"Use {max(num_slots // ep_size, 1) * ep_size} or {(num_slots // ep_size + 1) * ep_size}."
+            f"Use {' or '.join(str(n * ep_size) for n in (num_slots // ep_size, num_slots // ep_size + 1) if n)}."
         )
     return found
 

@@ -43,11 +43,11 @@ class StepLedger:
         _current.reset(self._tokens.pop())
 
     def aux_loss(self) -> Tensor:
-        """Sum over layers and forward passes of the weighted auxiliary losses, a differentiable scalar; 0 without any."""
+        """Weighted auxiliary losses, summed over layers and forward passes: a differentiable scalar, 0 without any."""
         return torch.stack(self._losses).sum() if self._losses else torch.zeros(())
 
     def records(self) -> dict[str, RoutingRecords]:
-        """Records of this rank by layer name; layers without a name are called `layer_0`, `layer_1`, … in order of use."""
+        """Records of this rank by layer name; layers without a name are `layer_0`, `layer_1`, … in order of use."""
         return {layer.name or f"layer_{i}": record for i, (layer, record) in enumerate(self._records.items())}
 
     def add(self, layer: MoELayer, routing: Routing, hidden: Tensor, real: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class PaddingMask:
     def for_hidden(self, shape: tuple[int, ...]) -> Tensor | None:
         """The mask as bool for hidden states of leading shape [B, L], None where there is none that fits.
 
+        When decoding with a cache the mask [B, cached + L] covers earlier tokens too: its last L columns count.
         Raises: RoutingError when a checkpoint recomputes and it is not known with which mask.
         """
         if self._is_ambiguous and in_backward():
@@ -51,19 +53,30 @@ class PaddingMask:
             )
         if self._mask is None:
             return None
-        if tuple(self._mask.shape) != shape:
+        rows, columns = self._mask.shape
+        if len(shape) != 2 or shape[0] != rows or not 0 < shape[1] <= columns:
             if not self._has_warned:
                 _log.warning(
                     "The model got an attention_mask of shape %s but a MoELayer sees tokens of shape %s: padding is "
-                    "routed there like real tokens. Pass token_mask to the layer.", tuple(self._mask.shape), shape
+                    "routed there like real tokens. Pass token_mask to the layer.",
+                    tuple(self._mask.shape),
+                    shape,
                 )
                 self._has_warned = True
             return None
-        return self._mask.bool()
+        return self._mask[:, columns - shape[1] :].bool()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = _argument("attention_mask", model, args, kwargs)
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._is_ambiguous = self._is_ambiguous or (self._is_waiting and mask is not self._mask)
         self._is_waiting = self._is_waiting or (model.training and torch.is_grad_enabled())
         self._mask = mask
+
+
+def _argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call of `model` gives for a parameter of its forward, by name or by position; None if nothing."""
+    if name in kwargs:
+        return kwargs[name]
+    names = list(signature(model.forward).parameters)
+    return args[names.index(name)] if name in names[: len(args)] else None

@@ -63,14 +63,15 @@ class Placement:
 
         load_by_slot: tokens per live slot. None when the pool is full.
         """
+
         def cost(slot: int) -> tuple[int, int, int]:
-            live = [s for s, id_ in enumerate(self.expert_ids) if id_ is not None and self.rank_of(s) == self.rank_of(slot)]
+            live = [s for s in self.slots_by_id.values() if self.rank_of(s) == self.rank_of(slot)]
             return len(live), sum(load_by_slot.get(s, 0) for s in live), slot
 
         return min(self.free_slots, key=cost, default=None)
 
     def with_new_expert(self, slot: int) -> Placement:
-        """A new expert with the next id in a free slot. Raises: PlacementError if the slot is taken or does not exist."""
+        """A new expert, with the next id, in a slot. Raises: PlacementError if it is taken or does not exist."""
         self._check_free(slot)
         return replace(self._with(slot, self.next_id), next_id=self.next_id + 1)
 

@@ -37,18 +37,22 @@ def simplicity(weight: Tensor, active: Tensor) -> Tensor:
     return torch.where(active, lengths, 0.0).sum() / active.sum().clamp_min(1)
 
 
-def load_balance(gates: Tensor, active: Tensor) -> Tensor:
+def load_balance(gates: Tensor, active: Tensor, *, through_shares: bool = False) -> Tensor:
     """`K² · mean_e(me_e · ce_e)`: me = mean of g/k, ce = mean of g, over the tokens with at least one expert.
 
-    gates [T, S]: 1 or 0 with a straight-through gradient, 0 for free slots and padding. k is a constant in the backward
-    pass. Over the tokens of this rank and micro step. 0 when no token has an expert. Source: the authors' public code.
+    gates [T, S]: 1 or 0 with a straight-through gradient, constant 0 for free slots and padding. Over the tokens of
+    this rank and micro step; 0 when no token has an expert. Source: the authors' public code.
+
+    As published, the gradient goes through every g with k held constant, and so it closes gates as well as balancing
+    them. With `through_shares` it goes through the shares g/k alone, with k differentiated and ce constant: it moves
+    load from busy experts to idle ones, and opening all gates alike changes nothing. The value is the same.
     """
-    open_gates = gates.detach().sum(1)
-    routed = open_gates > 0
+    routed = gates.detach().sum(1) > 0
     num_routed = routed.sum().clamp_min(1)
     gates = gates * routed[:, None]  # closed gates of the other tokens are 0, but not their gradient
-    me = (gates / open_gates.clamp_min(1.0)[:, None]).sum(0) / num_routed
-    ce = gates.sum(0) / num_routed
+    k = gates.sum(1, keepdim=True) if through_shares else gates.detach().sum(1, keepdim=True)
+    me = (gates / k.where(routed[:, None], 1.0)).sum(0) / num_routed
+    ce = (gates.detach() if through_shares else gates).sum(0) / num_routed
     return active.sum() * (me * ce).sum()  # K² · (1/K) Σ_e
 
 

@@ -65,14 +65,17 @@ _ROUTERS: dict[type[RouterConfig], type[Router]] = {}
 _PRESETS: dict[str, Callable[[], RouterConfig]] = {}
 
 
-def register_router(name: str, config_type: type[RouterConfig], **presets: Callable[[], RouterConfig]) -> Callable[[R], R]:
+def register_router(
+    name: str, config_type: type[RouterConfig], **presets: Callable[[], RouterConfig]
+) -> Callable[[R], R]:
     """Class decorator that makes a router available as `name`, with further named presets of the same router.
 
     Raises: ConfigError for a name that is taken.
     """
 
     def add(router_type: R) -> R:
-        for preset, make in {name: config_type, **presets}.items():
+        makers: dict[str, Callable[[], RouterConfig]] = {name: config_type, **presets}
+        for preset, make in makers.items():
             if preset in _PRESETS:
                 raise ConfigError(f"A router called {preset!r} is registered already. Choose another name.")
             _PRESETS[preset] = make
@@ -97,8 +100,10 @@ def router_config(router: str | RouterConfig) -> RouterConfig:
             raise ConfigError(f"There is no router called {router!r}. Use one of {', '.join(router_names())}.")
         router = _PRESETS[router]()
     if type(router) not in _ROUTERS:
-        raise ConfigError(f"{type(router).__name__} is not the configuration of a registered router. "
-                          f"Give a name ({', '.join(router_names())}) or the configuration of one of these.")
+        raise ConfigError(
+            f"{type(router).__name__} is not the configuration of a registered router. "
+            f"Give a name ({', '.join(router_names())}) or the configuration of one of these."
+        )
     if faults := router.faults():
         raise ConfigError(faults)
     return router

@@ -17,12 +17,14 @@ from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_rou
 class TopAnyConfig(RouterConfig):
     """Top-any gating as in the paper; `recommended()` holds the best defaults known, `authors_code()` the later losses.
 
-    temperature: τ in σ(τ s) and in the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` gives
-    exp(τ s) over the chosen ones. straight_through: which margins the gate's gradient reaches, `all_live` (the paper)
+    temperature: τ in σ(τ s) and in the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` its share
+    of exp(τ s) among the chosen ones. straight_through: which margins the gate's gradient reaches, `all_live` (paper)
     or `active_only` (the authors' code). training_fallback: what happens in training to a token without an open
     gate, `none` (its output is zero) or `top_1` (its best live expert, whose forced gate keeps its gradient);
-    at evaluation it is always `top_1`. Each auxiliary loss has its own full weight, without a common factor;
-    price_weight is per open expert and token, efficiency_weight per share of the live experts that are open.
+    at evaluation it is always `top_1`. The best expert is the one with the greatest margin. Each auxiliary loss has its
+    own full weight, without a common factor; price_weight is per open expert and token, efficiency_weight per share of
+    the live experts that are open. load_balance_gradient: what the load-balance loss differentiates, the published
+    `gates`, which closes them too, or the `shares` g/k, which only moves load (see `losses.load_balance`).
     Source: arXiv 2405.14297 §3.1 and §3.3; the terms after simplicity come from the authors' later code, price and the
     recommended values from the study summed up in docs/decisions.md.
     """
@@ -34,6 +36,7 @@ class TopAnyConfig(RouterConfig):
     diversity_weight: float = 0.01
     simplicity_weight: float = 0.01
     load_balance_weight: float = 0.0
+    load_balance_gradient: Literal["gates", "shares"] = "gates"
     efficiency_weight: float = 0.0
     price_weight: float = 0.0
 
@@ -44,12 +47,13 @@ class TopAnyConfig(RouterConfig):
 
     @classmethod
     def recommended(cls) -> TopAnyConfig:
-        """The best defaults known: softmax weights with τ = 10, a top-1 floor in training, balance, a price per expert."""
+        """The best defaults known: softmax weights, τ = 10, a top-1 floor in training, balance, a price per expert."""
         return cls(
             temperature=10.0,
             weighting="softmax",
             training_fallback="top_1",
             load_balance_weight=0.01,
+            load_balance_gradient="shares",
             price_weight=0.01 / 16,
         )
 
@@ -60,6 +64,7 @@ class TopAnyConfig(RouterConfig):
             "weighting": ("average", "softmax"),
             "straight_through": ("active_only", "all_live"),
             "training_fallback": ("none", "top_1"),
+            "load_balance_gradient": ("gates", "shares"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -95,9 +100,11 @@ class TopAnyRouter(Router):
 
     Which terms carry gradient: the combine weights depend on the gates of the chosen experts only, since the output of
     an expert that did not run is unknown. So a closed gate gets none from the output; with `all_live` it gets some from
-    the load-balance, efficiency and price losses, with `active_only` it gets none at all. The number of open gates k,
-    and with `softmax` the gates in the denominator, are constants in the backward pass; with `softmax` the scores get
-    the gradient of the softmax over the chosen experts as well. Diversity and simplicity reach the rows alone.
+    the load-balance, efficiency and price losses, with `active_only` it gets none at all. With `average` the number of
+    open gates k is a constant in the backward pass, as in the paper. With `softmax` the weight is g_e exp(τ s_e) / Σ g
+    exp(τ s) over the chosen experts, differentiated as a whole: a gate gains by how much its expert is better than the
+    token's mixture, not by whether the output should be larger, which would open or close all gates together.
+    Diversity and simplicity reach the rows alone.
 
     Source: arXiv 2405.14297 §3.1. Ours compares scores with thresholds before the sigmoid (equal for τ > 0), where
     small thresholds keep their precision, and works in float32 whatever the model's dtype.
@@ -128,18 +135,21 @@ class TopAnyRouter(Router):
 
             reached = eligible if config.straight_through == "all_live" else chosen
             gates = chosen.to(dtype) + torch.where(reached, margins - margins.detach(), 0.0)
-            weights = gates * self._combine_weights(scores, chosen)
+            weights = self._combine_weights(gates, scores, chosen)
             aux = self._aux_losses(gates, weight, rows, active, real)
         return Routing(mask=chosen, weights=weights, aux_losses=aux, unrouted=unrouted)
 
-    def _combine_weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
-        """What a chosen expert's gate is multiplied by, [T, S], 0 elsewhere."""
+    def _combine_weights(self, gates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Weights [T, S], 0 off the chosen experts, that sum to 1 for a token with any."""
+        gates = torch.where(chosen, gates, 0.0)
         if self.config.weighting == "average":
-            return chosen.to(scores.dtype) / chosen.sum(1, keepdim=True).clamp_min(1)
-        logits = self.config.temperature * scores
-        # Without a chosen expert the row is all -inf and its softmax NaN, also backwards: such rows are replaced first.
-        logits = logits.masked_fill(~chosen & chosen.any(1, keepdim=True), -torch.inf)
-        return torch.softmax(logits, dim=1) * chosen
+            return gates / chosen.sum(1, keepdim=True).clamp_min(1)
+        logits = (self.config.temperature * scores).masked_fill(~chosen, -torch.inf)
+        # Shifted by the greatest, which cancels out; a token without an expert would shift by -inf and give NaN.
+        is_routed = chosen.any(1, keepdim=True)
+        shift = logits.detach().amax(1, keepdim=True).where(is_routed, 0.0)
+        strength = gates * torch.exp(logits - shift)
+        return strength / strength.sum(1, keepdim=True).where(is_routed, 1.0)
 
     def _aux_losses(
         self, gates: Tensor, weight: Tensor, rows: Tensor, active: Tensor, real: Tensor | None
@@ -148,7 +158,9 @@ class TopAnyRouter(Router):
         terms: dict[str, Callable[[], Tensor]] = {
             "diversity": lambda: losses.diversity(rows, active),
             "simplicity": lambda: losses.simplicity(weight, active),
-            "load_balance": lambda: losses.load_balance(gates, active),
+            "load_balance": lambda: losses.load_balance(
+                gates, active, through_shares=self.config.load_balance_gradient == "shares"
+            ),
             "efficiency": lambda: losses.mean_open(gates, num_tokens) / active.sum().clamp_min(1),
             "price": lambda: losses.mean_open(gates, num_tokens),
         }

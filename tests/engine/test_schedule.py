@@ -133,7 +133,7 @@ def _evaluate(rank: int, world_size: int) -> Any:
     with torch.no_grad():
         for layer in engine.module.moe:
             layer.router.threshold.fill_(2.0)  # nobody is routed
-    x, y = batch(0, 8)
+    x, _ = batch(0, 8)
     train(engine, range(1), rank, world_size)
     trained = engine.take_records()["moe.0"]
     engine.eval()

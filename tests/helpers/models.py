@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dynmoe_ds as dm
-import dynmoe_ds.engine  # noqa: F401 - preloaded by the fork server
+import dynmoe_ds.engine
 
 HIDDEN = 16
 FFN = 24
@@ -115,7 +115,9 @@ def gathered(engine: Any) -> dict[str, Tensor]:
     return out
 
 
-def train(engine: Any, steps: range, rank: int, world_size: int, num_tokens: int = 32, accumulate: int = 1) -> list[float]:
+def train(
+    engine: Any, steps: range, rank: int, world_size: int, num_tokens: int = 32, accumulate: int = 1
+) -> list[float]:
     """Mean loss over ranks of every micro step."""
     import torch.distributed as dist
 

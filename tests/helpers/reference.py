@@ -119,15 +119,19 @@ def expected(
                 if config.straight_through == "all_live" or e in chosen:
                     gate[e] = gate[e] + soft[e] - soft[e].detach()
             for e in chosen:
-                share = 1 / len(chosen)
+                weight = gate[e] / len(chosen)
                 if config.weighting == "softmax":
-                    share = torch.exp(tau * score[e]) / sum(torch.exp(tau * score[c]) for c in chosen)
-                y = y + gate[e] * share * expert(p, e, h)
+                    weight = gate[e] * torch.exp(tau * score[e])
+                    weight = weight / sum(gate[c] * torch.exp(tau * score[c]) for c in chosen)
+                y = y + weight * expert(p, e, h)
                 mask[t, e] = True
             gates.append(gate)
         outputs.append(y)
 
-    losses = {name: loss(gates, rows, live) for name, loss in _LOSSES.items() if getattr(config, f"{name}_weight") > 0}
+    by_name = dict(_LOSSES)
+    if config.load_balance_gradient == "shares":
+        by_name["load_balance"] = _load_balance_through_shares
+    losses = {name: loss(gates, rows, live) for name, loss in by_name.items() if getattr(config, f"{name}_weight") > 0}
     aux_loss = sum((getattr(config, f"{name}_weight") * value for name, value in losses.items()), torch.zeros(()))
     y = torch.stack(outputs) if outputs else torch.zeros_like(x)
     total = (y * loss_weight).sum() + (aux_loss if training else 0.0)
@@ -164,6 +168,15 @@ def _load_balance(gates: list[dict[int, Tensor]], rows: Tensor, live: list[int])
     k = [sum(round(g.item()) for g in gate.values()) for gate in routed]
     me = {e: sum(gate[e] / k_t for gate, k_t in zip(routed, k, strict=True)) / len(routed) for e in live}
     ce = {e: sum(gate[e] for gate in routed) / len(routed) for e in live}
+    return len(live) ** 2 * sum(me[e] * ce[e] for e in live) / len(live)
+
+
+def _load_balance_through_shares(gates: list[dict[int, Tensor]], rows: Tensor, live: list[int]) -> Tensor:
+    routed = [gate for gate in gates if any(bool(g > 0.5) for g in gate.values())]
+    if not routed:
+        return torch.zeros(())
+    me = {e: sum(gate[e] / sum(gate.values()) for gate in routed) / len(routed) for e in live}
+    ce = {e: sum(gate[e].detach() for gate in routed) / len(routed) for e in live}
     return len(live) ** 2 * sum(me[e] * ce[e] for e in live) / len(live)
 
 

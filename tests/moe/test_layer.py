@@ -286,7 +286,7 @@ def layer_with(**sizes: object) -> dm.MoELayer:
         ({"num_slots": 0}, r"num_experts is 2 but must be between 1 and num_slots \(0\)\."),
         ({"ep_size": 0}, "ep_size is 0 but must be at least 1."),
         ({"ep_size": 3}, r"num_slots is 4 but must be a multiple of ep_size \(3\)\. Use 3 or 6\."),
-        ({"ep_size": 8}, r"num_slots is 4 but must be a multiple of ep_size \(8\)\. Use 8 or 8\."),
+        ({"ep_size": 8}, r"num_slots is 4 but must be a multiple of ep_size \(8\)\. Use 8\."),
         ({"ep_size": 2}, "ep_size is 2 but there is one data-parallel rank"),
         ({"hidden_size": 0}, "hidden_size is 0 but must be at least 1."),
         ({"ffn_hidden_size": -1}, "ffn_hidden_size is -1 but must be at least 1."),

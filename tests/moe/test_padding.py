@@ -121,6 +121,18 @@ def test_several_forward_passes_are_fine_where_padding_is_known():
     evaluated.train()(hidden(), attention_mask=OTHER_MASK).sum().backward()
 
 
+def test_attention_mask_by_position_counts_too():
+    model = Decoder()
+    assert torch.equal(model(hidden(), MASK), model.moe(hidden(), token_mask=MASK.bool()))
+
+
+def test_mask_of_a_cached_prefix_is_cut_to_the_new_tokens():
+    model, mask, last = Decoder().eval(), left_padding(5, 1, 3), hidden()[:, -2:]
+    y = model(last, attention_mask=mask)
+    assert torch.equal(y, model.moe(last, token_mask=mask[:, -2:].bool()))
+    assert not y[1, 0].any() and y[1, 1].any()
+
+
 def test_mask_of_another_shape_is_reported_once(caplog):
     model = Decoder()
     plain = Decoder()(hidden(), flat=True)

@@ -64,6 +64,17 @@ def test_load_balance_holds_k_constant_and_leaves_out_tokens_without_an_expert()
     torch.testing.assert_close(gates.grad, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_load_balance_through_shares_has_the_same_value_and_only_moves_load():
+    gates, live = GATES[:, [0, 2]].clone(), torch.ones(2, dtype=torch.bool)
+    assert losses.load_balance(gates, live, through_shares=True) == losses.load_balance(gates, live)
+    gates = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    losses.load_balance(gates, live, through_shares=True).backward()
+    # ce = (1, 2/3). For a token of two, d/dg_e of K Σ ce_e g_e / (g_0 + g_1) / 3 is K (ce_e − mean ce) / (2 · 3), or
+    # ±1/18: the busy gate closes as much as the idle one opens. In a token of one only the idle gate opens.
+    expected = torch.tensor([[1 / 18, -1 / 18], [0, -2 / 9], [1 / 18, -1 / 18], [0, 0]])
+    torch.testing.assert_close(gates.grad, expected)
+
+
 def test_mean_open():
     assert losses.mean_open(GATES, 4).item() == 1.0
     assert losses.mean_open(GATES, torch.tensor(2)).item() == 2.0

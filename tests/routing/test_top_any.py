@@ -30,6 +30,7 @@ def test_default_is_the_paper():
         "diversity_weight": 0.01,
         "simplicity_weight": 0.01,
         "load_balance_weight": 0.0,
+        "load_balance_gradient": "gates",
         "efficiency_weight": 0.0,
         "price_weight": 0.0,
     }
@@ -41,6 +42,7 @@ def test_presets():
     assert (code.straight_through, code.training_fallback, code.weighting) == ("active_only", "none", "average")
     assert list(best.aux_loss_weights().values()) == [0.01, 0.01, 0.01, 0.0, 0.01 / 16]
     assert (best.temperature, best.weighting, best.training_fallback) == (10.0, "softmax", "top_1")
+    assert (code.load_balance_gradient, best.load_balance_gradient) == ("gates", "shares")
 
 
 def test_token_takes_every_expert_whose_score_passes_its_threshold():
@@ -95,12 +97,25 @@ def test_which_thresholds_the_price_reaches(straight_through, reached):
 @pytest.mark.parametrize("straight_through", ["all_live", "active_only"])
 @pytest.mark.parametrize("weighting", ["average", "softmax"])
 def test_output_reaches_the_thresholds_of_open_gates_only(weighting, straight_through):
-    router = build_router(TopAnyConfig(weighting=weighting, straight_through=straight_through), 3, 3)
+    router = build_router(TopAnyConfig(weighting=weighting, straight_through=straight_through), 4, 3)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4)[:3])
+        router.threshold.copy_(torch.tensor([0.3, 0.7, 0.9]))
+    token, live = torch.tensor([[0.5, 0.8, 0.3, 0.1]]), torch.ones(3, dtype=torch.bool)  # about its cosines
+    routing = router(token, live, None)
+    assert routing.mask.tolist() == [[True, True, False]]
+    routing.weights[0, :2].square().sum().backward()
+    assert (router.threshold.grad != 0).tolist() == [True, True, False]
+
+
+def test_softmax_weight_of_a_single_open_gate_has_no_gradient():
+    # It is 1 whatever the margin: with nothing to be compared with, a gate neither opens nor closes.
+    router = build_router(TopAnyConfig(weighting="softmax"), 3, 3)
     with torch.no_grad():
         router.weight.copy_(torch.eye(3))
         router.threshold.copy_(torch.tensor([0.5, 0.9, -2.0]))
-    router(TOKENS[:1], ACTIVE, None).weights.sum().backward()
-    assert (router.threshold.grad != 0).tolist() == [True, False, False]
+    router(TOKENS[:1], ACTIVE, None).weights[0, 0].backward()
+    assert not router.threshold.grad.any() and not router.weight.grad.any()
 
 
 def test_prices():
@@ -119,6 +134,7 @@ def test_losses_of_weight_zero_are_not_computed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"load_balance_gradient": "k"}, "router.load_balance_gradient is 'k'. Use gates or shares."),
         ({"weighting": "max"}, "router.weighting is 'max'. Use average or softmax."),
         ({"straight_through": "all"}, "router.straight_through is 'all'. Use active_only or all_live."),
         ({"training_fallback": "top_2"}, "router.training_fallback is 'top_2'. Use none or top_1."),
