@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: setup
-	launch/local.sh experiment=demo
+	$(BIN)/dynmoe train experiment=demo
 
 test: setup lint
 	$(BIN)/python -m pytest

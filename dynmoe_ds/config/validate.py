@@ -105,6 +105,11 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
     yield from _at_least("parallel", parallel, 1, "num_ranks", "process_group_timeout_s")
     if not 0 <= parallel.zero_stage <= 3:
         yield f"parallel.zero_stage is {parallel.zero_stage}. Use 0, 1, 2 or 3."
+    if parallel.zero_stage == 3 and parallel.activation_checkpointing == "deepspeed":
+        yield (
+            "parallel.activation_checkpointing is deepspeed and parallel.zero_stage is 3, which DeepSpeed cannot do "
+            "together. Use parallel.activation_checkpointing=torch, or a lower ZeRO stage."
+        )
     ranks, ep_size = parallel.num_ranks, parallel.ep_size
     if ranks >= 1 and (ep_size < 1 or ranks % ep_size):
         *first, last = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dynmoe_ds.experts.host_memory import keep_large_blocks
+
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STRIDE_BYTES = 16  # grouped_mm wants row strides of whole 16 bytes, on CPU too
 
@@ -20,6 +22,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, rows_per_slot: Tensor) -> Tenso
     result stays connected to `rows` and `weight` also when R is 0, so that no rank skips a backward collective.
     `grouped_mm` serves float32, bfloat16 and float16 of aligned sizes; a loop over the slots serves the rest.
     """
+    if rows.device.type == "cpu":
+        keep_large_blocks()
     if _fits_grouped_mm(weight):
         offsets = rows_per_slot.cumsum(0, dtype=torch.int32)
         return _GroupedLinear.apply(rows, weight, offsets)

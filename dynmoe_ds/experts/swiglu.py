@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
 from dynmoe_ds.experts.grouped_linear import grouped_linear
-
-_CPU_CHUNK_BYTES = 1 << 20  # rows are worked on in pieces that stay in a core's cache
+from dynmoe_ds.experts.host_memory import keep_large_blocks
 
 
 class SwiGLUExperts(Experts):
@@ -26,52 +26,94 @@ class SwiGLUExperts(Experts):
         self.w2 = nn.Parameter(torch.zeros(num_local_slots, hidden_size, ffn_hidden_size))
 
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
-        gate = grouped_linear(rows, self.w1, rows_per_slot)
-        up = grouped_linear(rows, self.w3, rows_per_slot)
-        return grouped_linear(_WeightedSwiGLU.apply(gate, up, row_weights), self.w2, rows_per_slot)
+        if rows.device.type == "cpu":
+            keep_large_blocks()
+            return _SlotBySlot.apply(rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+        return _grouped(rows, row_weights, rows_per_slot, self.w1, self.w3, self.w2)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
-        D, F = self.hidden_size, self.ffn_hidden_size
-        shapes = {"w1": ((F, D), D), "w3": ((F, D), D), "w2": ((D, F), F)}
+        width, inner = self.hidden_size, self.ffn_hidden_size
+        shapes = {"w1": ((inner, width), width), "w3": ((inner, width), width), "w2": ((width, inner), inner)}
         return {name: uniform(shape, fan_in, seed, expert_id, name) for name, (shape, fan_in) in shapes.items()}
 
 
-class _WeightedSwiGLU(torch.autograd.Function):
-    """`silu(gate) * up * w` [R, F] for gate, up [R, F] and w [R], computed in w's precision and rounded once.
+def _grouped(rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """All slots at once: what a GPU wants."""
+    gate, up = grouped_linear(rows, w1, rows_per_slot), grouped_linear(rows, w3, rows_per_slot)
+    return grouped_linear(_WeightedSwiGLU.apply(gate, up, row_weights), w2, rows_per_slot)
 
-    Saves its inputs only. On a CPU the rows go through in pieces, without temporaries of full size.
-    """
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """`silu(gate) * up * w` [R, F] for gate, up [R, F] and w [R]. Saves its inputs only."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, row_weights: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, row_weights)
-        out = torch.empty_like(gate)
-        for a, b, w, o in _pieces(gate, up, row_weights, out):
-            wide = a.to(w.dtype)
-            o.copy_(torch.sigmoid(wide).mul_(wide).mul_(b).mul_(w[:, None]))
-        return out
+        return _weighted_swiglu(gate, up, row_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, row_weights = ctx.saved_tensors
-        grad_gate, grad_up, grad_weights = (torch.empty_like(t) for t in (gate, up, row_weights))
-        pieces = _pieces(gate, up, row_weights, grad, grad_gate, grad_up, grad_weights)
-        for a, b, w, g, out_a, out_b, out_w in pieces:
-            wide, g_wide = a.to(w.dtype), g.to(w.dtype)
-            sigmoid = torch.sigmoid(wide)
-            silu = sigmoid * wide
-            per_up = g_wide * silu
-            torch.linalg.vecdot(per_up, b.to(w.dtype), out=out_w)
-            out_b.copy_(per_up.mul_(w[:, None]))
-            # d silu / d gate = σ + silu (1 − σ)
-            slope = sigmoid.add_(silu.mul_(1 - sigmoid))
-            out_a.copy_(slope.mul_(g_wide).mul_(b).mul_(w[:, None]))
+        grad_gate, grad_up, grad_weights, _ = _weighted_swiglu_backward(grad, *ctx.saved_tensors)
         return grad_gate, grad_up, grad_weights
 
 
-def _pieces(first: Tensor, *others: Tensor) -> Any:
-    """The tensors, which share their first dimension, side by side in pieces of rows."""
-    num_rows, row_bytes = first.shape[0], first.shape[1] * first.element_size()
-    step = max(_CPU_CHUNK_BYTES // row_bytes, 1) if first.device.type == "cpu" else max(num_rows, 1)
-    return zip(*(tensor.split(step) for tensor in (first, *others)), strict=True)
+class _SlotBySlot(torch.autograd.Function):
+    """The whole network one slot after another, so that a slot's activations are still in a CPU's cache when used.
+
+    Beside the inputs it saves gate and up; the weighted product is computed again, which is cheaper than storing it.
+    Serves every dtype and size. Slots without rows cost nothing and get exact zeros as their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, row_weights: Tensor, rows_per_slot: list[int], w1: Tensor, w3: Tensor, w2: Tensor
+    ) -> Tensor:
+        gate, out = rows.new_empty(len(rows), w1.shape[1]), torch.empty_like(rows)
+        up = torch.empty_like(gate)
+        by_slot = (tensor.split(rows_per_slot) for tensor in (rows, row_weights, gate, up, out))
+        for x, w, a, b, y, v1, v3, v2 in zip(*by_slot, w1, w3, w2, strict=True):
+            torch.mm(x, v1.T, out=a)
+            torch.mm(x, v3.T, out=b)
+            torch.mm(_weighted_swiglu(a, b, w), v2.T, out=y)
+        ctx.save_for_backward(rows, row_weights, gate, up, w1, w3, w2)
+        ctx.rows_per_slot = rows_per_slot
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, row_weights, gate, up, w1, w3, w2 = ctx.saved_tensors
+        grad_rows, grad_weights, grad1, grad3, grad2 = (torch.empty_like(t) for t in (rows, row_weights, w1, w3, w2))
+        by_slot = (
+            tensor.split(ctx.rows_per_slot)
+            for tensor in (rows, row_weights, gate, up, grad.contiguous(), grad_rows, grad_weights)
+        )
+        weights = (w1, w3, w2, grad1, grad3, grad2)
+        for x, w, a, b, g, gx, gw, v1, v3, v2, g1, g3, g2 in zip(*by_slot, *weights, strict=True):
+            ga, gb, weight_grad, inner = _weighted_swiglu_backward(torch.mm(g, v2), a, b, w)
+            gw.copy_(weight_grad)
+            torch.mm(g.T, inner, out=g2)
+            torch.mm(ga.T, x, out=g1)
+            torch.mm(gb.T, x, out=g3)
+            torch.mm(ga, v1, out=gx).addmm_(gb, v3)
+        return grad_rows, grad_weights, None, grad1, grad3, grad2
+
+
+def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor) -> Tensor:
+    """`silu(gate) * up * w` in w's precision, rounded once to gate's."""
+    return F.silu(gate.to(row_weights.dtype)).mul_(up).mul_(row_weights[:, None]).to(gate.dtype)
+
+
+def _weighted_swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate, up and w, and once more the weighted product itself, from the gradient [R, F] of the latter."""
+    dtype, column = gate.dtype, row_weights[:, None]
+    wide = gate.to(row_weights.dtype)
+    silu, weighted = F.silu(wide), grad * column
+    grad_up = (weighted * silu).to(dtype)
+    product = silu.mul_(up)
+    grad_weights = (grad * product).sum(1)
+    grad_gate = torch.ops.aten.silu_backward(weighted.mul_(up), wide).to(dtype)
+    return grad_gate, grad_up, grad_weights, product.mul_(column).to(dtype)

@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dynmoe_ds.config.schema import ParallelConfig, RunConfig
 from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
-from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer
 
 
@@ -21,7 +20,7 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
 
     Weights depend on `config.seed` and the layer alone: they are the same on every rank and for every layout, except
     that a rank holds only its own slots' experts. The global random state is left as it was.
-    Raises: ConfigError for sizes and combinations that cannot work.
+    Raises: ConfigError for sizes that cannot work.
     """
     model = _dense_decoder(config, vocab_size, eos_token_id)
     for index in range(config.model.moe_every - 1, config.model.num_layers, config.model.moe_every):
@@ -85,17 +84,12 @@ class _ExactRotaryEmbedding(LlamaRotaryEmbedding):
 def _checkpoint_activations(model: LlamaForCausalLM, parallel: ParallelConfig) -> None:
     """Recompute every decoder layer in the backward pass instead of keeping its activations.
 
-    Raises: ConfigError for DeepSpeed's form at ZeRO-3, where its recomputation finds parameters that are not gathered
-    (DeepSpeed 0.19.8, its issue 4595); torch's form works there.
+    DeepSpeed's form fails at ZeRO-3, where its recomputation finds parameters that are not gathered (DeepSpeed 0.19.8,
+    its issue 4595); `config.validate` refuses that pair.
     """
     kind = parallel.activation_checkpointing
     if kind == "none":
         return
-    if kind == "deepspeed" and parallel.zero_stage == 3:
-        raise ConfigError(
-            "parallel.activation_checkpointing is deepspeed and parallel.zero_stage is 3, which DeepSpeed cannot do "
-            "together. Use parallel.activation_checkpointing=torch, or a lower ZeRO stage."
-        )
     model.activation_checkpointing_enable({"use_reentrant": False})
     if kind == "deepspeed":
         for layer in model.model.layers:

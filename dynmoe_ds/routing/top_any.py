@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_ds.routing import losses
+from dynmoe_ds.routing.cosine import cosine_scores
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 
 
@@ -123,7 +124,7 @@ class TopAnyRouter(Router):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight, threshold = hidden.to(dtype), self.weight.to(dtype), self.threshold.to(dtype)
             rows = losses.unit_rows(weight, active)
-            scores = (hidden @ rows.T) / losses.divisors(hidden)
+            scores = cosine_scores(hidden, rows)
             eligible = active.expand_as(scores) if real is None else active & real[:, None]
 
             chosen = (scores > threshold) & eligible

@@ -81,7 +81,10 @@ def out_of_slots_advice(change: Mapping[str, Any]) -> str:
 
 
 def describe_event(event: AdaptationEvent) -> list[str]:
-    """The lines that tell an event on the console: one per changed layer, per full pool and per warning."""
+    """The lines that tell an event on the console: one per changed layer and per full pool; none if nothing changed.
+
+    Warnings are in the run folder and the report: the trainer logs the first of each layer, a console needs no more.
+    """
     prefix = f"step {event['step']}: "
     lines = []
     for layer, change in event["layers"].items():
@@ -89,7 +92,4 @@ def describe_event(event: AdaptationEvent) -> list[str]:
             lines.append(f"{prefix}layer {layer} {describe_change(change)}")
         if change["out_of_slots"]:
             lines.append(f"{prefix}layer {layer} {out_of_slots_advice(change)}")
-    if not lines:
-        lines.append(f"{prefix}adaptation changed nothing")
-    lines.extend(f"{prefix}warning: {warning}" for warning in event["warnings"])
     return lines

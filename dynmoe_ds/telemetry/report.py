@@ -38,6 +38,7 @@ figure { margin: 1.5rem 0; }
 figure img { max-width: 100%; background: #fff; border-radius: .5rem; border: 1px solid var(--line); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
+td:first-child { overflow-wrap: normal; white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
 .scroll { max-height: 32rem; overflow: auto; border: 1px solid var(--line); border-radius: .5rem; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow: auto; white-space: pre-wrap; }

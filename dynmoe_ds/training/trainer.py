@@ -157,7 +157,9 @@ class Trainer:
         )
 
     def _warn_about(self, loads: ExpertLoads) -> None:
-        """Log what is wrong with a layer's routing, once per layer: a fault that stays must not bury the log."""
+        """Log what is wrong with a layer's routing after warm-up, once per layer: what stays must not bury the log."""
+        if self.engine.global_steps <= self.config.optim.warmup_steps:
+            return
         for layer, records in loads.records.items():
             found = alarms(layer, records, num_live=len(self.placements[layer].live_ids))
             if found and layer not in self._layers_warned_about and dist.get_rank() == 0:

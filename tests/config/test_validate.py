@@ -52,6 +52,10 @@ def test_the_least_vocabulary_is_the_tokenizers() -> None:
         ({"parallel__process_group_timeout_s": 0}, "parallel.process_group_timeout_s is 0 but must be at least 1."),
         ({"parallel__zero_stage": 4}, "parallel.zero_stage is 4. Use 0, 1, 2 or 3."),
         (
+            {"parallel__zero_stage": 3, "parallel__activation_checkpointing": "deepspeed"},
+            "parallel.activation_checkpointing is deepspeed and parallel.zero_stage is 3, which DeepSpeed cannot do",
+        ),
+        (
             {"model__num_slots": 15},
             "model.num_slots is 15 but must be a multiple of parallel.ep_size (2). Use 14 or 16.",
         ),

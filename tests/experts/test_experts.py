@@ -53,18 +53,24 @@ def test_gradients_by_finite_differences(kind):
     assert gradcheck(call, (rows, weights, *(p.detach().requires_grad_() for p in experts.parameters())))
 
 
-def test_swiglu_in_pieces_equals_swiglu_at_once(monkeypatch):
-    tensors = [torch.randn(50, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)] + [torch.rand(50)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype):
+    """The form for CPUs and the form for GPUs, with a slot without rows."""
+    per_slot = torch.tensor([20, 0, 13])
+    shapes = [(33, 16), (33,), (3, 24, 16), (3, 24, 16), (3, 16, 24)]
+    tensors = [torch.randn(*shape, generator=torch.Generator().manual_seed(i)) / 2 for i, shape in enumerate(shapes)]
+    tensors = [t if t.dim() == 1 else t.to(dtype) for t in tensors]  # weights of rows stay in float32
 
-    def run():
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = swiglu._WeightedSwiGLU.apply(*leaves)
-        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    def run(function, counts):
+        rows, weights, *params = (t.clone().requires_grad_() for t in tensors)
+        out = function(rows, weights, counts, *params)
+        return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
-    want = run()
-    monkeypatch.setattr(swiglu, "_CPU_CHUNK_BYTES", 7 * 16 * 4)  # seven rows, so the last piece has one
-    for got, expected in zip(run(), want, strict=True):
-        assert_near(got, expected)
+    by_slot = run(swiglu._SlotBySlot.apply, per_slot.tolist())
+    grouped = run(swiglu._grouped, per_slot)
+    for got, expected in zip(by_slot, grouped, strict=True):
+        assert_near(got, expected.detach(), dtype)
+    assert not any(gradient[1].any() for gradient in by_slot[3:]), "the slot without rows"
 
 
 @pytest.mark.parametrize("kind", KINDS)
