@@ -108,7 +108,7 @@ def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor) -> Tensor:
 def _weighted_swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gate, up and w, and once more the weighted product itself, from the gradient [R, F] of the latter."""
+    """Gradients of gate, up and w from that of the weighted product [R, F], and the product itself once more."""
     dtype, column = gate.dtype, row_weights[:, None]
     wide = gate.to(row_weights.dtype)
     silu, weighted = F.silu(wide), grad * column

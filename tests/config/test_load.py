@@ -64,7 +64,7 @@ def test_the_experiments_say_what_they_should() -> None:
     demo = load_config([RUN_DIR, "experiment=demo"])
     assert demo.router == TopAnyConfig.recommended()
     assert demo.adaptation is not None
-    assert demo.adaptation.last_growth_step == 0.4 * demo.training.steps
+    assert demo.adaptation.last_growth_step == 0.5 * demo.training.steps
     assert (demo.adaptation.min_unrouted_share, demo.adaptation.prune_below_share) == (0.01, 0.1)
     smoke = load_config([RUN_DIR, "experiment=smoke"])
     assert smoke.training.steps <= 30 and smoke.adaptation is not None
