@@ -58,7 +58,7 @@ class AdaptationConfig:
             found.append(f"adaptation.seeding is {self.seeding!r}. Use one of {', '.join(SEEDINGS)}.")
         if self.new_threshold not in NEW_THRESHOLDS:
             found.append(f"adaptation.new_threshold is {self.new_threshold!r}. Use one of {', '.join(NEW_THRESHOLDS)}.")
-        if self.noise < 0:
+        if not self.noise >= 0:
             found.append(f"adaptation.noise is {self.noise} but must not be negative.")
         for name in ("min_unrouted_share", "prune_below_share"):
             value = getattr(self, name)

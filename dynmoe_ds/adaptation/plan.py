@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynmoe_ds.errors import PlacementError
 from dynmoe_ds.moe import Placement
 
 
@@ -42,9 +43,11 @@ class Grow:
     parent_id: int | None
 
     def apply(self, placement: Placement) -> Placement:
-        grown = placement.with_new_expert(self.slot)
-        assert grown.expert_ids[self.slot] == self.expert_id, (grown.expert_ids[self.slot], self.expert_id)
-        return grown
+        if self.expert_id != placement.next_id:
+            raise PlacementError(
+                f"The plan calls a new expert of {self.layer} {self.expert_id}, but the next id is {placement.next_id}."
+            )
+        return placement.with_new_expert(self.slot)
 
     def with_parent(self, parent_id: int) -> Grow:
         return replace(self, parent_id=parent_id)

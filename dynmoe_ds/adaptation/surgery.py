@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dynmoe_ds.adaptation.config import AdaptationConfig
+from dynmoe_ds.adaptation.config import SEEDINGS, AdaptationConfig
 from dynmoe_ds.adaptation.controller import nearest_expert
 from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
 from dynmoe_ds.distributed import assert_same_on_all_ranks
+from dynmoe_ds.errors import PlacementError, SurgeryError
 from dynmoe_ds.experts import seeded_generator
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import MoELayer, Placement
 
 WEIGHT = "weight"
 SECOND_MOMENT = "exp_avg_sq"
@@ -40,16 +41,16 @@ def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config
 
     Collective: every rank, with the same plan (compared first). config: how new experts are seeded; may be None for a
     plan without `Grow`. Raises: DivergenceError on every rank if plans differ; PlacementError if the plan contradicts
-    the placements. Both come before anything is changed.
+    the placements; SurgeryError for an expert that cannot be seeded as it says. All before anything is changed.
     """
-    assert_same_on_all_ranks("the plan", plan.fingerprint())
-    plan.apply({name: layer.placement for name, layer in layers.items()})
+    assert_same_on_all_ranks("the plan", plan.fingerprint(), "Give all ranks the same plan; nothing has been changed.")
+    _check(plan, layers, config)
     done: list[Prune | Grow | Move] = []
     with torch.no_grad():
         for item in plan.items:
             surgeon = _Surgeon(layers[item.layer], masters)
             if isinstance(item, Grow):
-                assert config is not None, "a plan with Grow needs a configuration"
+                assert config is not None  # checked above
                 item = surgeon.grow(item, config)
             elif isinstance(item, Move):
                 surgeon.move(item)
@@ -57,8 +58,34 @@ def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config
                 surgeon.clear(layers[item.layer].placement.slot_of(item.expert_id))
             layers[item.layer].placement = item.apply(layers[item.layer].placement)
             done.append(item)
-    assert_same_on_all_ranks("the pools after surgery", {n: layer.placement.expert_ids for n, layer in layers.items()})
+    pools = {name: layer.placement.expert_ids for name, layer in layers.items()}
+    assert_same_on_all_ranks("the pools after surgery", pools, "This is a fault of dynmoe_ds: please report it.")
     return Plan(items=tuple(done))
+
+
+def _check(plan: Plan, layers: Mapping[str, MoELayer], config: AdaptationConfig | None) -> None:
+    """Raises: PlacementError, SurgeryError as `operate`."""
+    placements = {name: layer.placement for name, layer in layers.items()}
+    for item in plan.items:
+        if item.layer not in layers:
+            raise PlacementError(f"There is no layer called {item.layer!r}. Layers: {', '.join(layers)}.")
+        if isinstance(item, Grow):
+            _check_seeding(item, layers[item.layer], placements[item.layer], config)
+        placements[item.layer] = item.apply(placements[item.layer])
+
+
+def _check_seeding(item: Grow, layer: MoELayer, placement: Placement, config: AdaptationConfig | None) -> None:
+    where = f"{item.layer}, expert {item.expert_id}"
+    if config is None:
+        raise SurgeryError(f"{where}: a plan that grows experts needs an AdaptationConfig. Give initialize one.")
+    if item.seeding not in SEEDINGS:
+        raise SurgeryError(f"{where}: seeding is {item.seeding!r}. Use one of {', '.join(SEEDINGS)}.")
+    if item.seeding == "copy_most_loaded" and item.parent_id is None:
+        raise SurgeryError(f"{where}: seeding is copy_most_loaded but parent_id is None. Name the parent.")
+    if item.parent_id is not None:
+        placement.slot_of(item.parent_id)
+    if item.gate_row.shape != (layer.hidden_size,):
+        raise SurgeryError(f"{where}: gate_row has shape {list(item.gate_row.shape)}, not [{layer.hidden_size}].")
 
 
 class _Surgeon:

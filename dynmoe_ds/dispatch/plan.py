@@ -32,12 +32,14 @@ def plan_dispatch(mask: Tensor) -> DispatchPlan:
     by_slot = mask.T.reshape(-1)
     flat_index = by_slot.nonzero().squeeze(1)
     position = (by_slot.cumsum(0) - 1).view(num_slots, num_tokens)
+    # The number of rows is known by now, so this does not wait for the device again.
+    by_token = torch.nonzero_static(mask.reshape(-1), size=flat_index.numel()).squeeze(1)
     rows_per_token = mask.sum(1)
     return DispatchPlan(
         flat_index=flat_index,
         token_index=flat_index % max(num_tokens, 1),
         rows_per_slot=mask.sum(0),
-        row_index=position.T[mask],
+        row_index=position.T.reshape(-1).index_select(0, by_token),
         first_row=rows_per_token.cumsum(0) - rows_per_token,
     )
 

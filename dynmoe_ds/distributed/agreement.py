@@ -11,8 +11,10 @@ import torch.distributed as dist
 from dynmoe_ds.errors import DivergenceError
 
 
-def assert_same_on_all_ranks(what: str, values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Compare `values` (anything that JSON can hold) over the ranks of `group`.
+def assert_same_on_all_ranks(
+    what: str, values: Mapping[str, Any], advice: str = "Start all ranks alike.", group: dist.ProcessGroup | None = None
+) -> None:
+    """Compare `values` (anything that JSON can hold) over the ranks of `group`; `advice` ends the error's message.
 
     Collective: every rank of `group`; without torch.distributed it does nothing. Raises: DivergenceError on every rank
     that names each differing key with the values and the ranks that hold them.
@@ -23,7 +25,7 @@ def assert_same_on_all_ranks(what: str, values: Mapping[str, Any], group: dist.P
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
     if differences := _differences(everyone):
-        raise DivergenceError(f"The ranks disagree on {what}. " + " ".join(differences) + " Start all ranks alike.")
+        raise DivergenceError(f"The ranks disagree on {what}. " + " ".join(differences) + " " + advice)
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:

@@ -62,6 +62,7 @@ class Engine:
         self._untaken_records: dict[str, RoutingRecords] = {}
         self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
+        self._layers_known_full: set[str] = set()
         self.last_aux_loss: Tensor = torch.zeros(())
         self.masters = EngineMasters(deepspeed_engine)
 
@@ -213,6 +214,13 @@ class Engine:
             full=full,
         )
         self._untaken_events.append(event)
+        if full - self._layers_known_full and dist.get_rank() == 0:
+            _log.warning(
+                "Step %d: %s wanted a new expert but has no free slot. Build it with more num_slots, or prune more.",
+                step,
+                ", ".join(sorted(full - self._layers_known_full)),
+            )
+        self._layers_known_full |= full
 
     def _reduce(self, records: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:
         """Records of all layers summed over all data-parallel ranks, in one collective.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.engine import Engine
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer, PaddingMask
-
-_log = logging.getLogger(__name__)
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -54,19 +51,22 @@ def initialize(
     """
     seam.init_distributed(timeout_s)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-    error: ConfigError | None = None
+    error: Exception | None = None
+    settings: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
     try:
         settings = _read_config(config)
-        faults = _faults(settings, layers, adaptation)
-        if faults:
+        groups = _param_groups(model, model_parameters)
+        if faults := _faults(settings, layers, adaptation):
             error = ConfigError(faults)
-    except ConfigError as e:
+    except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
     raise_together(error)
     assert_same_on_all_ranks("the configuration of the run", _fingerprint(settings, model, layers, adaptation))
 
     stage = _stage(settings)
-    clipping = float(settings.setdefault("gradient_clipping", 0.0))
+    clipping = float(settings.get("gradient_clipping") or 0.0)
+    settings["gradient_clipping"] = clipping
     if stage == 0:
         settings["gradient_clipping"] = 0.0  # the engine clips by itself: see engine/clipping.py
     _prefer_torch_adam(settings)
@@ -76,7 +76,6 @@ def initialize(
     seam.attach(layers.values(), stage)
     padding = _watch_padding(model, layers)
 
-    groups = _param_groups(model, model_parameters)
     if layers and stage < 3:
         groups = seam.split_expert_groups(groups)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -92,31 +91,42 @@ def initialize(
 
 def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """A deep copy of DeepSpeed's configuration."""
-    if isinstance(config, Mapping):
-        return json.loads(json.dumps(dict(config)))
     try:
-        return json.loads(Path(config).read_text())
+        settings = json.loads(json.dumps(dict(config)) if isinstance(config, Mapping) else Path(config).read_text())
+    except TypeError as e:
+        raise ConfigError(f"DeepSpeed's configuration holds a value that JSON cannot: {e}.") from e
     except OSError as e:
         raise ConfigError(f"DeepSpeed's configuration {config} cannot be read: {e.strerror}.") from e
     except ValueError as e:
         raise ConfigError(f"DeepSpeed's configuration {config} is not valid JSON: {e}.") from e
+    if not isinstance(settings, dict):
+        raise ConfigError(f"DeepSpeed's configuration must be a dictionary but is {type(settings).__name__}.")
+    return settings
 
 
 def _stage(settings: Mapping[str, Any]) -> int:
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return int(_section(settings, "zero_optimization").get("stage", 0))
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of DeepSpeed's configuration; empty if it is absent or null."""
+    section = settings.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name} is {section!r} in DeepSpeed's configuration but must be a dictionary.")
+    return section
 
 
 def _faults(
     settings: Mapping[str, Any], layers: Mapping[str, MoELayer], adaptation: AdaptationConfig | None
 ) -> list[str]:
-    zero = settings.get("zero_optimization", {})
+    zero = _section(settings, "zero_optimization")
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        return [f"zero_optimization.stage is {zero.get('stage')!r}. Use 0, 1, 2 or 3."]
     found = []
-    if _stage(settings) not in (0, 1, 2, 3):
-        found.append(f"zero_optimization.stage is {zero.get('stage')}. Use 0, 1, 2 or 3.")
-    if settings.get("fp16", {}).get("enabled"):
+    if _section(settings, "fp16").get("enabled"):
         found.append("fp16 is enabled but experts are trained in float32 or bfloat16. Use bf16.")
     for device in ("offload_optimizer", "offload_param"):
-        if zero.get(device, {}).get("device", "none") not in ("none", None):
+        if _section(zero, device).get("device", "none") not in ("none", None):
             found.append(
                 f"zero_optimization.{device} is set, but experts grow and are pruned in optimiser state on the "
                 "device only. Remove it."
@@ -127,8 +137,13 @@ def _faults(
             found.append("zero_optimization.zero_hpz_partition_size does not work with experts at ZeRO-3. Remove it.")
         if zero.get("zero_quantized_gradients"):
             found.append("zero_optimization.zero_quantized_gradients does not work with experts at ZeRO-3. Remove it.")
-        if settings.get("sequence_parallel_size", 1) > 1:
-            found.append("sequence_parallel_size does not work with experts at ZeRO-3. Use 1.")
+    if settings.get("sequence_parallel_size", 1) > 1:
+        found.append("sequence_parallel_size does not work with experts. Use 1.")
+    accumulate = _section(settings, "data_types").get("grad_accum_dtype")
+    is_bf16 = _section(settings, "bf16").get("enabled")
+    if _stage(settings) == 0 and is_bf16 and accumulate == "fp32":
+        found.append("data_types.grad_accum_dtype is fp32, which DeepSpeed cannot do in bf16 at ZeRO-0. Use ZeRO-1.")
+    found += _frozen_faults(layers, _stage(settings), adaptation)
     world_size = dist.get_world_size()
     for name, layer in layers.items():
         if fault := ep_size_fault(layer.ep_size, world_size):
@@ -141,6 +156,16 @@ def _faults(
         except ConfigError as e:
             found += e.faults
     return found
+
+
+def _frozen_faults(layers: Mapping[str, MoELayer], stage: int, adaptation: AdaptationConfig | None) -> Iterator[str]:
+    """Frozen experts have no optimiser state to grow in, and no parameter group for ZeRO-1 and 2."""
+    for name, layer in layers.items():
+        frozen = [key for key, param in layer.named_parameters() if not param.requires_grad]
+        if frozen and adaptation is not None:
+            yield f"{name}: adaptation needs parameters that train, but {', '.join(frozen)} are frozen."
+        elif stage in (1, 2) and any(key.startswith("experts.") for key in frozen):
+            yield f"{name}: experts are frozen, which DeepSpeed cannot do at ZeRO-{stage}. Use ZeRO-0 or 3."
 
 
 def _fingerprint(
@@ -216,8 +241,17 @@ def _undo_construction_step(engine: Any) -> None:
     It decays the masters before training and leaves Adam's step count at 1.
     """
     optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 0 and hasattr(optimizer, "fp32_groups"):
-        optimizer.optimizer.state.clear()
-        for model_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for param, master in zip(model_group, master_group, strict=True):
-                master.data.copy_(param.data)
+    if engine.zero_optimization_stage() > 0 or not hasattr(optimizer, "fp16_groups"):
+        return
+    optimizer.optimizer.state.clear()
+    for group in optimizer.optimizer.param_groups:
+        group.pop("step", None)  # where fused Adam counts
+    if hasattr(optimizer, "fp32_groups"):
+        masters = [[master.data for master in group] for group in optimizer.fp32_groups]
+    else:
+        sizes = [[param.numel() for param in group] for group in optimizer.fp16_groups]
+        flats = zip(optimizer.fp32_groups_flat, sizes, strict=True)
+        masters = [list(flat.data[: sum(parts)].split(parts)) for flat, parts in flats]
+    for model_group, master_group in zip(optimizer.fp16_groups, masters, strict=True):
+        for param, master in zip(model_group, master_group, strict=True):
+            master.view(-1).copy_(param.data.view(-1))

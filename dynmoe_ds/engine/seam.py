@@ -50,6 +50,9 @@ def init_distributed(timeout_s: float) -> None:
         # DeepSpeed would compile a shared-memory all-reduce here: 46 s, and a killed build leaves a lock on which
         # every later run hangs. No setting turns it off.
         deepspeed.ops.__compatible_ops__ = {**deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm": False}
+    if get_accelerator().device_name() != "cpu":
+        # Collectives on objects use the current device, and DeepSpeed sets it only while it builds its engine.
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized() and "RANK" not in os.environ:
         # Started without a launcher: one rank. DeepSpeed would ask MPI, which needs mpi4py.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())

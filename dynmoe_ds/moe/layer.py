@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from dynmoe_ds.experts import build_experts, seeded_generator
 from dynmoe_ds.moe.ledger import recording_ledger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
-from dynmoe_ds.routing import RouterConfig, build_router
+from dynmoe_ds.routing import RouterConfig, Routing, build_router
 
 
 class MoELayer(nn.Module):
@@ -37,6 +39,8 @@ class MoELayer(nn.Module):
     """
 
     active: Tensor
+    expert_ids: Tensor
+    next_expert_id: Tensor
 
     def __init__(
         self,
@@ -69,6 +73,9 @@ class MoELayer(nn.Module):
                 "outside of it: dynmoe_ds.initialize splits the parameters for ZeRO-3 by itself."
             )
         self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool))
+        # The placement once more, so that a state dict holds it: -1 is a free slot.
+        self.register_buffer("expert_ids", torch.full((num_slots,), -1))
+        self.register_buffer("next_expert_id", torch.tensor(0))
         self.placement = Placement.initial(num_experts, num_slots, ep_size)
         self._fill_live_slots()
 
@@ -85,35 +92,50 @@ class MoELayer(nn.Module):
                 f"{self.num_slots} slots on {self.ep_size} ranks."
             )
         self._placement = placement
-        live = [expert_id is not None for expert_id in placement.expert_ids]
-        self.active.copy_(torch.tensor(live))
+        ids = torch.tensor([-1 if expert_id is None else expert_id for expert_id in placement.expert_ids])
+        self.expert_ids.copy_(ids)
+        self.active.copy_(ids >= 0)
+        self.next_expert_id.fill_(placement.next_id)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """y [..., D] for x [..., D]. token_mask [...] bool: True is a real token; padding gives zeros, counts nowhere.
 
-        A token that chooses no expert gives zeros in training, unless the router has a fallback.
+        A token that chooses no expert gives zeros in training, unless the router has a fallback. Under autocast the
+        router works in float32 and the experts in the dtype of their parameters.
         Raises: RoutingError for a wrong width, a token mask of another shape, or a reentrant activation checkpoint.
         """
         if x.shape[-1:] != (self.hidden_size,):
             raise RoutingError(f"The input has shape {list(x.shape)} but its last size must be {self.hidden_size}.")
         hidden = x.reshape(-1, self.hidden_size)
         real = self._real_tokens(x, token_mask)
+        if real is not None:
+            hidden = torch.where(real[:, None], hidden, 0.0)  # padding may hold anything, and 0 x NaN is NaN
         routing = self.router(hidden, self.active, real)
         if ledger := recording_ledger(self):
             ledger.add(self, routing, hidden, real)
-        if self.ep_size == 1:
-            y = run_local(hidden, routing, self.experts)
-        else:
-            if self.ep_group is None:
-                self.ep_group = self._join_group()
-            y = run_all_to_all(hidden, routing, self.experts, self.ep_group)
-        return y.view(x.shape)
+        dtype = next(self.experts.parameters()).dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._run_experts(hidden.to(dtype), routing)
+        return y.to(x.dtype).view(x.shape)
 
     def extra_repr(self) -> str:
         return (
             f"{len(self.placement.live_ids)} live of {self.num_slots} slots, ep_size={self.ep_size}, "
             f"D={self.hidden_size}, F={self.ffn_hidden_size}"
         )
+
+    def _run_experts(self, hidden: Tensor, routing: Routing) -> Tensor:
+        if self.ep_size == 1:
+            return run_local(hidden, routing, self.experts)
+        if self.ep_group is None:
+            self.ep_group = self._join_group()
+        return run_all_to_all(hidden, routing, self.experts, self.ep_group)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As every module; the placement comes back with the buffers that hold it."""
+        super()._load_from_state_dict(*args, **kwargs)
+        ids = [None if id_ < 0 else id_ for id_ in self.expert_ids.tolist()]
+        self.placement = Placement(expert_ids=tuple(ids), next_id=int(self.next_expert_id), ep_size=self.ep_size)
 
     def _real_tokens(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """[T] bool, False for padding; None if all tokens are real."""

@@ -58,5 +58,5 @@ def load_balance(gates: Tensor, active: Tensor, *, through_shares: bool = False)
 
 def mean_open(gates: Tensor, num_tokens: Tensor | int) -> Tensor:
     """Mean number of open gates per real token (`gates` [T, S], padding 0)."""
-    count = torch.as_tensor(num_tokens, device=gates.device).clamp_min(1)
+    count = max(num_tokens, 1) if isinstance(num_tokens, int) else num_tokens.clamp_min(1)
     return gates.sum() / count

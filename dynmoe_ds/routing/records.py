@@ -31,7 +31,9 @@ class RoutingRecords:
         """The records of one routing of `hidden` [T, D]; `real` [T] bool is False for padding."""
         with torch.no_grad():
             tokens_per_slot = routing.mask.sum(0)
-            num_tokens = torch.tensor(hidden.shape[0], device=hidden.device) if real is None else real.sum()
+            num_tokens = (
+                torch.full((), hidden.shape[0], dtype=torch.int64, device=hidden.device) if real is None else real.sum()
+            )
             # Summed in the model's precision or better; one matrix-vector product, no copy of the chosen rows.
             wide = torch.promote_types(hidden.dtype, torch.float32)
             unrouted_sum = routing.unrouted.to(wide) @ hidden.to(wide)

@@ -46,6 +46,11 @@ class Trainer:
         timeout_s = config.parallel.process_group_timeout_s
         init_distributed(timeout_s)
         faults = find_faults(config, check_run_dir=dist.get_rank() == 0)
+        if dist.get_world_size() != config.parallel.num_ranks:
+            faults.append(
+                f"parallel.num_ranks is {config.parallel.num_ranks} but {dist.get_world_size()} ranks were started. "
+                "Change one of the two."
+            )
         raise_together(ConfigError(faults) if faults else None)
         self.data = load_text_data(config.data)
         self.tokenizer = self.data.tokenizer()

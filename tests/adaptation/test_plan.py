@@ -49,7 +49,7 @@ def test_contradictions_are_refused(items):
 
 
 def test_new_expert_must_have_the_next_id():
-    with pytest.raises(AssertionError, match="10, 12"):
+    with pytest.raises(PlacementError, match="calls a new expert of a 12, but the next id is 10"):
         grow(expert_id=12).apply(placement(5, None))
 
 

@@ -13,9 +13,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.adaptation import Decision, Move, Plan, Prune, register_rule
-from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError, DynMoEError, PlacementError, RoutingError
-from tests.helpers.models import TinyModel, batch, deepspeed_config, train
+from dynmoe_ds.adaptation import Decision, Grow, Move, Plan, Prune, register_rule
+from dynmoe_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    DynMoEError,
+    PlacementError,
+    RoutingError,
+    SurgeryError,
+)
+from tests.helpers.models import HIDDEN, TinyModel, batch, deepspeed_config, train
 from tests.helpers.spawn import run_ranks
 
 
@@ -43,6 +51,10 @@ def _differing(rank: int, world_size: int) -> list[str]:
                 TinyModel(2), {**deepspeed_config(2), "fp16": {"enabled": True}} if odd else deepspeed_config(2)
             ),
         ),
+        _message(
+            DynMoEError,
+            lambda: dm.initialize(TinyModel(2), {**deepspeed_config(2), "bf16": 3} if odd else deepspeed_config(2)),
+        ),
     ]
 
 
@@ -56,6 +68,7 @@ def test_a_rank_with_another_configuration_is_an_error_on_every_rank() -> None:
         ("moe.1.ep_size is 2 on rank 0, 1, 2, 1 on rank 3.",),
         ("adaptation.window_steps is 2 on rank 0, 1, 2, 4 on rank 3.",),
         ("fp16",),
+        ("bf16 is 3 in DeepSpeed's configuration",),
     ]
     for messages in results:
         for message, words in zip(messages, expected, strict=True):
@@ -104,6 +117,19 @@ class _Plain(nn.Module):
         return self.linear(x).sum()
 
 
+def _written(folder: str, text: str) -> Path:
+    path = Path(folder) / "given.json"
+    path.write_text(text)
+    return path
+
+
+def _frozen_experts() -> TinyModel:
+    model = TinyModel(1)
+    for layer in model.moe:
+        layer.experts.requires_grad_(False)
+    return model
+
+
 def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
     def config(**zero: Any) -> dict[str, Any]:
         base = deepspeed_config(2)
@@ -129,13 +155,24 @@ def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "broken": _message(ConfigError, start(broken)),
         "frozen": _message(ConfigError, start(config(), frozen)),
     }
+    out |= {
+        "bad stage": _message(ConfigError, start(config(stage="two"))),
+        "bad section": _message(ConfigError, start({**config(), "zero_optimization": 2})),
+        "no JSON": _message(ConfigError, start({**config(), "optimizer": {"type": nn.Linear}})),
+        "no dictionary": _message(ConfigError, start(_written(folder, "[1]"))),
+        "accumulation": _message(
+            ConfigError, start({**deepspeed_config(0, bf16=True), "data_types": {"grad_accum_dtype": "fp32"}})
+        ),
+        "frozen and adapting": _message(ConfigError, start(config(), _frozen_experts(), dm.AdaptationConfig(1, 1))),
+        "frozen experts": _message(ConfigError, start(config(), _frozen_experts())),
+    }
     model = TinyModel(1)
     model.moe[0].ep_size = 3
     out["ep_size"] = _message(ConfigError, start(config(), model))
     with deepspeed.zero.Init(config_dict_or_path={**config(stage=3), "train_batch_size": 1}):
         out["zero.Init"] = _message(ConfigError, lambda: TinyModel(1))
 
-    engine = dm.initialize(TinyModel(1), config())
+    engine = dm.initialize(TinyModel(1), {**config(), "gradient_clipping": None})
     x, y = batch(0, 8)
     engine(x, y)
     out["no backward"] = _message(RoutingError, engine.step)
@@ -146,6 +183,24 @@ def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
     out["last expert"] = _message(PlacementError, lambda: engine.apply_plan(prune))
     move = Plan(items=(Move(layer="moe.0", expert_id=0, to_slot=2),))
     out["taken slot"] = _message(PlacementError, lambda: engine.apply_plan(move))
+    row = torch.ones(HIDDEN, dtype=torch.float64) / HIDDEN**0.5
+
+    def grow(at: Any = engine, **changes: Any) -> Any:
+        fields = {"layer": "moe.0", "expert_id": 4, "slot": 1, "gate_row": row, "seeding": "fresh", "parent_id": None}
+        prune = Prune(layer="moe.1", expert_id=0)  # comes first, and must not happen when what follows cannot
+        return lambda: at.apply_plan(Plan(items=(prune, Grow(**(fields | changes)))))
+
+    out["no adaptation"] = _message(SurgeryError, grow())
+    adapting = dm.initialize(TinyModel(1), config(), dm.AdaptationConfig(9, 9))
+    adapting.backward(adapting(x, y))
+    adapting.step()
+    out["seeding"] = _message(SurgeryError, grow(adapting, seeding="copy_neerest"))
+    out["no parent"] = _message(SurgeryError, grow(adapting, seeding="copy_most_loaded"))
+    out["dead parent"] = _message(PlacementError, grow(adapting, seeding="copy_most_loaded", parent_id=9))
+    out["gate row"] = _message(SurgeryError, grow(adapting, gate_row=row[:3]))
+    out["expert id"] = _message(PlacementError, grow(adapting, expert_id=9))
+    out["layer"] = _message(PlacementError, grow(adapting, layer="moe.9"))
+    out["nothing pruned"] = str(adapting.placements()["moe.1"].live_ids)
     out["unchanged"] = str(engine.placements()["moe.0"].live_ids)
     for name, function in {
         "torch reentrant": lambda f, h: checkpoint(f, h, use_reentrant=True),
@@ -157,6 +212,21 @@ def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
 
 
 EXPECTED = {
+    "bad stage": "zero_optimization.stage is 'two'. Use 0, 1, 2 or 3.",
+    "bad section": "zero_optimization is 2 in DeepSpeed's configuration but must be a dictionary",
+    "no JSON": "holds a value that JSON cannot",
+    "no dictionary": "must be a dictionary but is list",
+    "accumulation": "data_types.grad_accum_dtype is fp32",
+    "frozen and adapting": "moe.0: adaptation needs parameters that train, but experts.w1, experts.w3, experts.w2 are",
+    "frozen experts": "moe.0: experts are frozen, which DeepSpeed cannot do at ZeRO-2. Use ZeRO-0 or 3.",
+    "no adaptation": "needs an AdaptationConfig",
+    "seeding": "seeding is 'copy_neerest'. Use one of copy_nearest,",
+    "no parent": "seeding is copy_most_loaded but parent_id is None",
+    "dead parent": "Expert 9 is not live",
+    "gate row": "gate_row has shape [3], not [16]",
+    "expert id": "calls a new expert of moe.0 9, but the next id is 4",
+    "layer": "There is no layer called 'moe.9'. Layers: moe.0, moe.1.",
+    "nothing pruned": "(0, 1, 2, 3)",
     "stage": "zero_optimization.stage is 7. Use 0, 1, 2 or 3.",
     "fp16": "Use bf16",
     "offload": "zero_optimization.offload_param is set",

@@ -14,8 +14,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(16 << 20).fill_(1)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(did, faults())
+# The heap settles within a few steps: an aligned block may not fit into the first hole of its own size.
+print(did, min(faults() for _ in range(8)))
 """
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Before the fork server imports DeepSpeed, which then keeps the accelerator that it finds.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
 # Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dynmoe_ds.engine", "tests.helpers.models"])
@@ -75,7 +78,7 @@ def _run(
     function: Callable[..., Any], rank: int, world_size: int, store: str, sender: Connection, args: tuple[Any, ...]
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

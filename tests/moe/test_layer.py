@@ -353,3 +353,42 @@ def test_repr_says_how_many_slots_are_live():
 def test_layer_takes_the_place_of_any_module():
     model = nn.Sequential(nn.Linear(4, 4), layer_with(), nn.LayerNorm(4))
     assert model(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+
+
+def test_whatever_is_in_padding_reaches_nothing():
+    def run(rubbish):
+        layer = dm.MoELayer(hidden_size=8, ffn_hidden_size=16, num_experts=3, num_slots=4, seed=0)
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+        x[4:] = rubbish
+        x.requires_grad_()
+        with dm.StepLedger() as ledger:
+            y = layer(x, token_mask=torch.arange(6) < 4)
+        (y.square().sum() + ledger.aux_loss()).backward()
+        (records,) = ledger.records().values()
+        return [y, x.grad, records.unrouted_sum, *(p.grad for p in layer.parameters())]
+
+    for clean, spoilt in zip(run(0.0), run(torch.nan), strict=True):
+        assert torch.equal(clean, spoilt)
+
+
+@pytest.mark.parametrize("expert", ["swiglu", "gelu"])
+def test_autocast_leaves_the_experts_in_the_dtype_of_their_parameters(expert):
+    layer = dm.MoELayer(hidden_size=8, ffn_hidden_size=16, num_experts=3, num_slots=4, seed=0, expert=expert)
+    x = torch.randn(6, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert torch.equal(y, layer(x))
+
+
+def test_a_state_dict_holds_the_placement():
+    def grown():
+        return dm.MoELayer(hidden_size=8, ffn_hidden_size=16, num_experts=3, num_slots=4, seed=0)
+
+    first, second = grown(), grown()
+    first.placement = first.placement.without(1).with_new_expert(3)
+    second.load_state_dict(first.state_dict())
+    assert second.placement == first.placement and second.placement.next_id == 4
+    assert torch.equal(second.active, first.active)
+    assert second.placement.expert_ids == (0, None, 2, 3)
