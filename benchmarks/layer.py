@@ -111,6 +111,11 @@ def main() -> None:
                 rows.append(row)
                 print("{router:22}{dtype:10}{mean_k:8.2f}{dense_ms:10.1f}{layer_ms:10.1f}{ratio:8.3f}".format(**row))
     if args.output:
+        lines = ["| router | dtype | mean k | dense, ms | layer, ms | ratio |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            "| {router} | {dtype} | {mean_k:.2f} | {dense_ms} | {layer_ms} | {ratio} |".format(**row) for row in rows
+        ]
+        print("\n".join(["", *lines]))
         settings = {key: value for key, value in vars(args).items() if key != "output"}
         machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
         args.output.parent.mkdir(parents=True, exist_ok=True)
