@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-AdaptationEvent = Mapping[str, Any]
+EventDict = Mapping[str, Any]
 
 EVENT_KEYS = ("step", "window_steps", "rule", "layers", "warnings")
 LAYER_KEYS = (
@@ -37,7 +37,7 @@ LAYER_KEYS = (
 )
 
 
-def event_fault(event: AdaptationEvent) -> str | None:
+def event_fault(event: EventDict) -> str | None:
     """What an event lacks, in words; None where it is whole."""
     missing = [key for key in EVENT_KEYS if key not in event]
     if missing:
@@ -80,7 +80,7 @@ def out_of_slots_advice(change: Mapping[str, Any]) -> str:
     )
 
 
-def describe_event(event: AdaptationEvent) -> list[str]:
+def describe_event(event: EventDict) -> list[str]:
     """The lines that tell an event on the console: one per changed layer and per full pool; none if nothing changed.
 
     Warnings are in the run folder and the report: the trainer logs the first of each layer, a console needs no more.

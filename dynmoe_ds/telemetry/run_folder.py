@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.telemetry.events import AdaptationEvent, event_fault
+from dynmoe_ds.telemetry.events import EventDict, event_fault
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class RunFolder:
         """
         self._append(EXPERTS_FILE, {"step": step, "layers": layers})
 
-    def append_adaptation(self, event: AdaptationEvent) -> None:
+    def append_adaptation(self, event: EventDict) -> None:
         """Append one adaptation event (its fields: `dynmoe_ds.telemetry.events`)."""
         fault = event_fault(event)
         assert fault is None, f"{fault}: {event}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.telemetry.events import AdaptationEvent, describe_event
+from dynmoe_ds.telemetry.events import EventDict, describe_event
 from dynmoe_ds.telemetry.metrics import Metric
 from dynmoe_ds.telemetry.run_folder import RunFolder
 
@@ -29,7 +29,7 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         """Record the values of one optimiser step (counted from 1)."""
 
-    def log_event(self, event: AdaptationEvent) -> None:
+    def log_event(self, event: EventDict) -> None:
         """Record one adaptation (its fields: `dynmoe_ds.telemetry.events`)."""
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class JsonLinesTracker:
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         self._folder.append_metrics(step, {metric.name: metric.value for metric in metrics})
 
-    def log_event(self, event: AdaptationEvent) -> None:
+    def log_event(self, event: EventDict) -> None:
         self._folder.append_adaptation(event)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class ConsoleTracker:
         else:
             self._write_line(line)
 
-    def log_event(self, event: AdaptationEvent) -> None:
+    def log_event(self, event: EventDict) -> None:
         progress = self._shown
         self._rewrite("")
         for line in describe_event(event):
@@ -178,7 +178,7 @@ class WandbTracker:
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         self._log({"step": step, **{metric.name: metric.value for metric in metrics}})
 
-    def log_event(self, event: AdaptationEvent) -> None:
+    def log_event(self, event: EventDict) -> None:
         self._event_rows.extend([event["step"], line] for line in describe_event(event))
         if self._run is None:
             return
