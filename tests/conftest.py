@@ -2,6 +2,8 @@
 
 import signal
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait in vain.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Shells start background jobs with SIGINT ignored, nohup ignores SIGHUP, and children inherit that: tests of both would
+# wait in vain.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)

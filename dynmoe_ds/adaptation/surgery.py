@@ -43,7 +43,9 @@ def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config
     plan without `Grow`. Raises: DivergenceError on every rank if plans differ; PlacementError if the plan contradicts
     the placements; SurgeryError for an expert that cannot be seeded as it says. All before anything is changed.
     """
-    assert_same_on_all_ranks("the plan", plan.fingerprint(), "Give all ranks the same plan; nothing has been changed.")
+    assert_same_on_all_ranks(
+        "the plan", plan.fingerprint(), advice="Give all ranks the same plan: nothing was changed."
+    )
     _check(plan, layers, config)
     done: list[Prune | Grow | Move] = []
     with torch.no_grad():
@@ -59,7 +61,7 @@ def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config
             layers[item.layer].placement = item.apply(layers[item.layer].placement)
             done.append(item)
     pools = {name: layer.placement.expert_ids for name, layer in layers.items()}
-    assert_same_on_all_ranks("the pools after surgery", pools, "This is a fault of dynmoe_ds: please report it.")
+    assert_same_on_all_ranks("the pools after surgery", pools, advice="This is a fault of dynmoe_ds: please report it.")
     return Plan(items=tuple(done))
 
 

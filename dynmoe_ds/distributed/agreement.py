@@ -12,7 +12,11 @@ from dynmoe_ds.errors import DivergenceError
 
 
 def assert_same_on_all_ranks(
-    what: str, values: Mapping[str, Any], advice: str = "Start all ranks alike.", group: dist.ProcessGroup | None = None
+    what: str,
+    values: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+    *,
+    advice: str = "Start all ranks alike.",
 ) -> None:
     """Compare `values` (anything that JSON can hold) over the ranks of `group`; `advice` ends the error's message.
 
