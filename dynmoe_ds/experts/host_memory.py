@@ -16,8 +16,8 @@ def keep_large_blocks() -> bool:
     """Let glibc reuse freed blocks above 32 MiB, once per process; whether it did.
 
     Otherwise each is a mapping of its own, and a training step faults in every page of every large activation and
-    gradient again: one 33 MB weight gradient took 44 ms so and 31 ms with reused blocks. The process keeps up to 2 GiB of
-    freed memory. Nothing is changed where the user has tuned malloc by environment variables, or without glibc.
+    gradient again: one 33 MB weight gradient took 44 ms so, 31 ms with reused blocks. The process keeps up to 2 GiB
+    of freed memory. Nothing is changed where the user has tuned malloc by environment variables, or without glibc.
     """
     is_tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if is_tuned or platform.libc_ver()[0] != "glibc":
