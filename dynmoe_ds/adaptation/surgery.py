@@ -97,7 +97,8 @@ class _Surgeon:
         self.layer, self.masters = layer, masters
         self.placement = layer.placement
         self.expert_params = dict(layer.experts.named_parameters())
-        self.router_params = dict(layer.router.named_parameters())
+        self.router_params = layer.router.slot_parameters()
+        self.router_buffers = [layer.router.get_buffer(name) for name in layer.router.slot_buffers]
 
     def grow(self, item: Grow, config: AdaptationConfig) -> Grow:
         """Fill a free slot: router rows on all ranks, expert rows on the rank that holds the slot."""
@@ -109,6 +110,8 @@ class _Surgeon:
         for name, param in self.router_params.items():
             rows = self.masters.read(param, 0, self.layer.num_slots)
             self.masters.write(param, item.slot, item.slot + 1, self._new_router_row(name, rows, item, config))
+        for buffer in self.router_buffers:
+            buffer[item.slot] = buffer[list(self.placement.slots_by_id.values())].mean()
         return item
 
     def move(self, item: Move) -> None:
@@ -118,6 +121,8 @@ class _Surgeon:
         for param in self.router_params.values():
             row = self.masters.read(param, from_slot, from_slot + 1)
             self.masters.write(param, item.to_slot, item.to_slot + 1, row)
+        for buffer in self.router_buffers:
+            buffer[item.to_slot] = buffer[from_slot]
         self.clear(from_slot)
 
     def clear(self, slot: int) -> None:
@@ -125,6 +130,8 @@ class _Surgeon:
         self._write_expert(slot, {name: self._zeros(param) for name, param in self.expert_params.items()})
         for param in self.router_params.values():
             self.masters.write(param, slot, slot + 1, self._zeros(param))
+        for buffer in self.router_buffers:
+            buffer[slot] = 0
 
     def _seed_expert(self, item: Grow, config: AdaptationConfig) -> dict[str, State]:
         if item.parent_id is not None:

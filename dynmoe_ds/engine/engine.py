@@ -26,7 +26,7 @@ from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.masters import EngineMasters
 from dynmoe_ds.errors import CheckpointError, RoutingError
 from dynmoe_ds.moe import MoELayer, PaddingMask, Placement, StepLedger
-from dynmoe_ds.routing import RoutingRecords
+from dynmoe_ds.routing import RoutingRecords, update_routers
 from dynmoe_ds.routing.records import pack, unpack
 
 _log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Engine:
             self._gradient_norm = None if norm is None else float(norm)
         records, self._step_records = self._step_records, {}
         self._untaken_records = add_records(self._untaken_records, records)
+        self._update_routers(records)
         if self._window is not None:
             self._window.add(self.global_steps, records)
             if self._window.is_due(self.global_steps):
@@ -222,27 +223,36 @@ class Engine:
             )
         self._layers_known_full |= full
 
-    def _reduce(self, records: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:
-        """Records of all layers summed over all data-parallel ranks, in one collective.
+    def _reduce(
+        self, records: dict[str, RoutingRecords], layers: Mapping[str, MoELayer] | None = None
+    ) -> dict[str, RoutingRecords]:
+        """Records of `layers` (default: all) summed over all data-parallel ranks, in one collective.
 
         Every layer takes part, also one without records here, so that all ranks send the same.
         """
-        everything = {name: records.get(name) or self._no_records(layer) for name, layer in self._layers.items()}
+        layers = self._layers if layers is None else layers
+        everything = {name: records.get(name) or _no_records(layer) for name, layer in layers.items()}
         flat = pack(everything)
         if dist.get_world_size() > 1:
             dist.all_reduce(flat, group=seam.data_parallel_group())
         return unpack(flat, everything)
 
-    def _no_records(self, layer: MoELayer) -> RoutingRecords:
-        device = layer.active.device
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        return RoutingRecords(
-            tokens_per_slot=torch.zeros(layer.num_slots, dtype=torch.int64, device=device),
-            num_tokens=zero,
-            num_assignments=zero,
-            num_unrouted=zero,
-            unrouted_sum=torch.zeros(layer.hidden_size, dtype=torch.float64, device=device),
-        )
+    def _update_routers(self, records: dict[str, RoutingRecords]) -> None:
+        """Let the routers' controllers take in an optimiser step. Collective if any router has one: every rank."""
+        controlled = {name: layer for name, layer in self._layers.items() if layer.router.has_controller}
+        if controlled:
+            reduced = self._reduce(records, controlled)
+            update_routers(
+                {name: layer.router for name, layer in controlled.items()},
+                reduced,
+                {name: layer.active for name, layer in controlled.items()},
+            )
+
+
+def _no_records(layer: MoELayer) -> RoutingRecords:
+    return RoutingRecords.zeros(
+        layer.num_slots, layer.hidden_size, layer.router.statistics_shapes(), layer.active.device
+    )
 
 
 def _refuse(method: str) -> NoReturn:

@@ -62,7 +62,7 @@ def count_parameters(model: nn.Module, ep_size: int) -> ParameterCount:
     for name, layer in layers.items():
         num_slots, num_live = layer.active.numel(), int(layer.active.sum())
         held_here = sum(parameter.numel() for parameter in layer.experts.parameters())
-        per_slot_of_router = sum(parameter.numel() for parameter in layer.router.parameters()) // num_slots
+        per_slot_of_router = sum(param.numel() for param in layer.router.slot_parameters().values()) // num_slots
         per_expert[name] = held_here * ep_size // num_slots
         in_slots += held_here * (ep_size - 1)
         num_free += (num_slots - num_live) * (per_expert[name] + per_slot_of_router)

@@ -116,6 +116,8 @@ class MoELayer(nn.Module):
         dtype = next(self.experts.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
             y = self._run_experts(hidden.to(dtype), routing)
+            if routing.passed_through is not None:
+                y = y + (routing.passed_through[:, None] * hidden).to(y.dtype)
         return y.to(x.dtype).view(x.shape)
 
     def extra_repr(self) -> str:
@@ -158,6 +160,7 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def _fill_live_slots(self) -> None:
+        self.router.initialize(self.placement.next_id, self.seed)
         first = self.local_slots.start
         rows = orthonormal_rows(self.placement.next_id, self.hidden_size, self.seed)
         for expert_id, slot in self.placement.slots_by_id.items():

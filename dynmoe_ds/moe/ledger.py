@@ -52,7 +52,7 @@ class StepLedger:
 
     def add(self, layer: MoELayer, routing: Routing, hidden: Tensor, real: Tensor | None) -> None:
         """Note one routing of `layer` over hidden [T, D]; `real` [T] bool is False for padding."""
-        weights = layer.router.config.aux_loss_weights()
+        weights = layer.router.aux_loss_weights()
         terms = [weights[name] * value for name, value in routing.aux_losses.items()]
         if terms:
             self._losses.append(torch.stack(terms).sum())

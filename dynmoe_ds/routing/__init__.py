@@ -3,6 +3,8 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from dynmoe_ds.routing.budget import BudgetConfig
+from dynmoe_ds.routing.controllers import update_routers
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import (
     Router,
@@ -20,6 +22,7 @@ for _module in iter_modules(__path__):
 from dynmoe_ds.routing.top_any import TopAnyConfig  # noqa: E402 - the loop above must not hide this from type checkers
 
 __all__ = [
+    "BudgetConfig",
     "Router",
     "RouterConfig",
     "Routing",
@@ -29,4 +32,5 @@ __all__ = [
     "register_router",
     "router_config",
     "router_names",
+    "update_routers",
 ]

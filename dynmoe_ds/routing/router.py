@@ -1,15 +1,20 @@
-"""What every router is: scores in, a `Routing` out, nothing kept between calls."""
+"""What every router is: scores in, a `Routing` out, nothing kept between calls but what `update` sets."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.routing.budget import Budget
+from dynmoe_ds.routing.exact_buffers import ExactBuffers
+
+if TYPE_CHECKING:
+    from dynmoe_ds.routing.records import RoutingRecords
 
 
 class Routing(NamedTuple):
@@ -20,17 +25,27 @@ class Routing(NamedTuple):
 
     mask [T, S] bool: the slots each token is sent to. weights [T, S] float32 (float64 for a float64 model):
     combine weights, 0 off the mask, differentiable. aux_losses: scalars by name, not yet weighted. unrouted [T] bool:
-    tokens that chose no expert before any fallback.
+    tokens that chose no expert before any fallback. statistics: additive float64 numbers by name that the router's
+    `update` needs beside the records, of the shapes that its `statistics_shapes` says; none where it has no
+    controller. passed_through [T], as `weights`: the share of a token's own hidden vector in its output, from identity
+    experts; None for none.
     """
 
     mask: Tensor
     weights: Tensor
     aux_losses: dict[str, Tensor]
     unrouted: Tensor
+    statistics: dict[str, Tensor] | None = None
+    passed_through: Tensor | None = None
 
 
 class RouterConfig(ABC):
-    """Base of every router's configuration: a frozen dataclass of simple types, next to its router."""
+    """Base of every router's configuration: a frozen dataclass of simple types, next to its router.
+
+    may_leave_unrouted: whether a token can choose no expert, which is what growth by Algorithm 1 waits for.
+    """
+
+    may_leave_unrouted: ClassVar[bool] = False
 
     @abstractmethod
     def faults(self) -> list[str]:
@@ -41,13 +56,22 @@ class RouterConfig(ABC):
         """The weight of every auxiliary loss that the router returns, by name."""
 
 
-class Router(nn.Module, ABC):
+class Router(ExactBuffers, ABC):
     """Base of all routers. Parameters have one row per slot; `weight` [S, D] is the gate.
 
-    A subclass takes `(config, hidden_size, num_slots)`, keeps no state between calls and computes in float32 at least.
+    A subclass takes `(config, hidden_size, num_slots)` and computes in float32 at least. `forward` keeps no state: what
+    a controller learns from (a budget, a balancing bias, moving thresholds) leaves it as records and statistics, is
+    summed over all ranks and comes back once per optimiser step through `update`. Controllers live in buffers, which
+    keep their precision whatever dtype the model is cast to, and so are in every state dict.
+
+    budget: the controller of mean k, if there is one. slot_buffers: names of buffers [S] that belong to the slots, and
+    so follow an expert that moves. shared_parameters: names of parameters without a row per slot.
     """
 
     weight: nn.Parameter
+    budget: Budget | None = None
+    slot_buffers: tuple[str, ...] = ()
+    shared_parameters: tuple[str, ...] = ()
 
     def __init__(self, config: RouterConfig, hidden_size: int, num_slots: int) -> None:
         super().__init__()
@@ -57,6 +81,29 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, hidden: Tensor, active: Tensor, real: Tensor | None) -> Routing:
         """Route `hidden` [T, D] over the live slots `active` [S] bool; `real` [T] bool is False for padding."""
+
+    def slot_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters with one row per slot, by name."""
+        return {name: param for name, param in self.named_parameters() if name not in self.shared_parameters}
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether `update_routers` must be called after every optimiser step."""
+        return self.budget is not None
+
+    def initialize(self, num_experts: int, seed: int) -> None:
+        """Set what is neither zero nor a gate row: the start of a controller, parameters that no slot has."""
+
+    def aux_loss_weights(self) -> Mapping[str, float | Tensor]:
+        """The weight of every auxiliary loss by name; a controller may set some of them."""
+        return self.config.aux_loss_weights()
+
+    def statistics_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of `Routing.statistics`, also of a call without tokens."""
+        return {}
+
+    def update(self, records: RoutingRecords, active: Tensor) -> None:
+        """Take in one optimiser step: `records` summed over its micro steps and all data-parallel ranks."""
 
 
 R = TypeVar("R", bound=type[Router])
