@@ -129,10 +129,14 @@ def _interrupt_once() -> None:
     Ctrl-C comes twice: as SIGINT from the front end, and as SIGTERM from the launcher, which then waits for 30 s.
     """
 
+    is_interrupted = False
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for later in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(later, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        # Remembered rather than set to SIG_IGN, about which Python complains when the second signal is already here.
+        nonlocal is_interrupted
+        if not is_interrupted:
+            is_interrupted = True
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)

@@ -104,6 +104,24 @@ def test_the_first_signal_interrupts_and_later_ones_do_not_disturb_the_end(numbe
     assert end(process) == (130, "closed\n", "")
 
 
+def test_both_signals_at_the_same_moment_end_the_run_in_order(tmp_path: Path) -> None:
+    body = """
+    import os, signal
+    both = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    for number in both:
+        os.kill(os.getpid(), number)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.1)
+        print("closed", flush=True)
+        raise
+    """
+    assert end(start(tmp_path, body.strip())) == (130, "training\nclosed\n", "")
+
+
 @pytest.mark.parametrize(("rank", "seen"), [(0, "note\nwarning\nerror\n"), (1, "[rank 1] error\n")])
 def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str, tmp_path: Path) -> None:
     body = """
