@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -20,7 +18,8 @@ if TYPE_CHECKING:
 
 # Asked for when dynmoe-ds is used without being installed; else its own list of requirements is.
 _PACKAGES = (
-    "torch", "deepspeed", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "wandb", "matplotlib",
+    "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "omegaconf", "wandb",
+    "matplotlib",
 )  # fmt: skip
 # No compilation of DeepSpeed's operators takes this long.
 _STALE_AFTER_S = 15 * 60
@@ -50,7 +49,12 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 1 when something needed is missing."""
-    findings = [*package_findings(), *device_findings(), *apex_findings(), *lock_findings(extensions_folder())]
+    findings = [
+        *package_findings(),
+        *device_findings(),
+        *integration_findings(),
+        *lock_findings(extensions_folder()),
+    ]
     for finding in findings:
         print(f"{finding.state:<8} {finding.subject:<20} {finding.text}")
     missing = [finding.subject for finding in findings if finding.state == "missing"]
@@ -113,20 +117,19 @@ def _backend(name: str, is_there: bool, use: str, *, needed: bool) -> Finding:
     return Finding(state="missing" if needed else "note", subject=name, text=text)
 
 
-def apex_findings() -> Iterator[Finding]:
-    """NVIDIA's apex, which nothing needs. The package of that name on PyPI is another project: only the class tells."""
-    if importlib.util.find_spec("apex") is None:
-        yield Finding(state="ok", subject="apex", text="not installed; optional")
-        return
-    try:
-        found = hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
-    except Exception:  # a stranger's package may fail in any way when it is imported
-        found = False
-    if found:
-        yield Finding(state="ok", subject="apex", text="apex.optimizers.FusedAdam is available")
-    else:
+def integration_findings() -> Iterator[Finding]:
+    """Frameworks that dynmoe-ds can work beside and never needs."""
+    from dynmoe_ds.integrations.apex import find_apex
+    from dynmoe_ds.integrations.megatron import DISTRIBUTION, find_megatron
+
+    apex = find_apex()
+    if apex == "stranger":
         text = "a package called apex is installed that is not NVIDIA's; run `pip uninstall apex`"
         yield Finding(state="note", subject="apex", text=text)
+    else:
+        text = "not installed; optional" if apex == "absent" else "apex.optimizers.FusedAdam is available"
+        yield Finding(state="ok", subject="apex", text=text)
+    yield Finding(state="ok", subject=DISTRIBUTION, text=find_megatron() or "not installed; optional")
 
 
 def extensions_folder() -> Path:

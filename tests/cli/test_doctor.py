@@ -18,7 +18,17 @@ def test_this_machine_is_fine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr(doctor, "extensions_folder", lambda: Path("/nonexistent"))
     assert doctor.run(argparse.Namespace()) == 0
     text = capsys.readouterr().out
-    for subject in ("python", "torch", "deepspeed", "transformers", "accelerator", "gloo", "nccl", "apex"):
+    for subject in (
+        "python",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "accelerator",
+        "gloo",
+        "nccl",
+        "apex",
+        "megatron-core",
+    ):
         assert f" {subject} " in text
     assert text.endswith("Everything a run needs is here.\n")
 
@@ -61,33 +71,24 @@ def test_a_deepspeed_that_cannot_be_imported_is_missing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("content", "state", "text"),
+    ("whose", "state", "text"),
     [
-        ("class FusedAdam: pass", "ok", "apex.optimizers.FusedAdam is available"),
-        ("", "note", "is not NVIDIA's"),
-        ("import velruse_is_not_here", "note", "is not NVIDIA's"),
+        ("absent", "ok", "not installed; optional"),
+        ("nvidia", "ok", "apex.optimizers.FusedAdam is available"),
+        ("stranger", "note", "a package called apex is installed that is not NVIDIA's; run `pip uninstall apex`"),
     ],
 )
-def test_apex_is_told_by_its_class(
-    content: str, state: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    (tmp_path / "apex" / "optimizers.py").write_text(content)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("apex", "apex.optimizers"):
-        monkeypatch.delitem(doctor.sys.modules, name, raising=False)
-    (finding,) = doctor.apex_findings()
-    assert finding.state == state and text in finding.text
-    for name in ("apex", "apex.optimizers"):
-        doctor.sys.modules.pop(name, None)
+def test_apex_is_reported(whose: str, state: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmoe_ds.integrations.apex.find_apex", lambda: whose)
+    finding = next(iter(doctor.integration_findings()))
+    assert (finding.subject, finding.state, finding.text) == ("apex", state, text)
 
 
-def test_no_apex_is_fine() -> None:
-    if doctor.importlib.util.find_spec("apex") is not None:
-        pytest.skip("apex is installed here")
-    (finding,) = doctor.apex_findings()
-    assert finding.state == "ok" and "optional" in finding.text
+@pytest.mark.parametrize(("version", "text"), [(None, "not installed; optional"), ("0.16.1", "0.16.1")])
+def test_megatron_core_is_reported(version: str | None, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmoe_ds.integrations.megatron.find_megatron", lambda: version)
+    *_, finding = doctor.integration_findings()
+    assert (finding.subject, finding.state, finding.text) == ("megatron-core", "ok", text)
 
 
 def test_locks_are_told_by_their_age(tmp_path: Path) -> None:
