@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -90,15 +91,18 @@ def expected(
     training: bool = True,
     real: Tensor | None = None,
     loss_weight: Tensor,
+    control: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Expected:
     """The layer's result for x [T, D], and the gradients of `(y * loss_weight).sum()` plus, in training, the losses.
 
     A gate is `hard + soft − constant(soft)` with `soft = σ(τ s) − σ(τ G)` where the straight-through gradient reaches.
+    control: of the budget. bias [S]: of loss-free balancing.
     """
     x = x.detach().double().requires_grad_()
     num_tokens, num_slots, tau = len(x), len(p["router.threshold"]), config.temperature
     is_real = [True] * num_tokens if real is None else real.tolist()
-    rows, thresholds = p["router.weight"], p["router.threshold"]
+    rows, thresholds = p["router.weight"], _thresholds(p["router.threshold"], live, config, x.shape[1], control, bias)
 
     mask = torch.zeros(num_tokens, num_slots, dtype=torch.bool)
     gates: list[dict[int, Tensor]] = []  # per real token: gate by live slot
@@ -108,7 +112,8 @@ def expected(
         if is_real[t]:
             score = {e: cosine(h, rows[e]) for e in live}
             soft = {e: torch.sigmoid(tau * score[e]) - torch.sigmoid(tau * thresholds[e]) for e in live}
-            chosen = [e for e in live if score[e] > thresholds[e]]
+            chosen = sorted((e for e in live if score[e] > thresholds[e]), key=lambda e: -soft[e].item())
+            chosen = chosen[: config.k_max]
             if not chosen:
                 unrouted.append(h.detach())
                 if not training or config.training_fallback == "top_1":
@@ -151,6 +156,22 @@ def expected(
             for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
         },
     )
+
+
+def _thresholds(
+    thresholds: Tensor, live: list[int], config: TopAnyConfig, hidden_size: int, control: float, bias: Tensor | None
+) -> dict[int, Tensor]:
+    """What scores are compared with, by live slot."""
+    found = {e: thresholds[e] for e in live}
+    if bias is not None:
+        found = {e: found[e] - bias[e] + sum(bias[i] for i in live) / len(live) for e in live}
+    if config.budget is not None:
+        share = min(config.budget.target_k, len(live), config.k_max or len(live)) / len(live)
+        z = -NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))
+        offset = z / (hidden_size - 1 + z * z) ** 0.5 + control
+        mean = sum(found.values()) / len(live)
+        found = {e: found[e] - mean + offset for e in live}
+    return found
 
 
 def _diversity(gates: list[dict[int, Tensor]], rows: Tensor, live: list[int]) -> Tensor:

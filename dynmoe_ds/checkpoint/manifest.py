@@ -1,0 +1,100 @@
+"""The manifest of a saved model: what is needed, beside the weights, to build it again. Readable JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dynmoe_ds.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = "dynmoe_ds.model"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerManifest:
+    """One `MoELayer`. router: name and values, as in a run's configuration. expert_ids: the live experts, ascending."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    expert: str
+    router: Mapping[str, Any]
+    expert_ids: tuple[int, ...]
+    next_expert_id: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A whole model.
+
+    model_class: the class of the backbone. config: its Hugging Face configuration; None for a model without one.
+    layers: by name. tied: further names of parameters, each with the name under which the parameter is saved.
+    """
+
+    model_class: str
+    config: Mapping[str, Any] | None
+    layers: Mapping[str, LayerManifest]
+    tied: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in the file."""
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "dynmoe_ds_version": _own_version()}
+        return header | asdict(self)
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write the manifest of a model into its folder."""
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a folder.
+
+    Raises: CheckpointError, naming the file, if it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Give the folder that save_model wrote, such as RUN_DIR/model."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged or was cut off: {error}. Copy the whole folder again.") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no manifest of a model: its `format` is not {FORMAT!r}. Give another folder.")
+    if plain.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {plain.get('format_version')}, but this dynmoe_ds reads version "
+            f"{FORMAT_VERSION}. Use the dynmoe_ds that wrote it ({plain.get('dynmoe_ds_version')})."
+        )
+    try:
+        return Manifest(
+            model_class=plain["model_class"],
+            config=plain["config"],
+            layers={name: _layer(layer) for name, layer in plain["layers"].items()},
+            tied=plain["tied"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {type(error).__name__} {error}. Copy the whole folder again."
+        ) from error
+
+
+def _own_version() -> str | None:
+    """None where the package is used without being installed."""
+    try:
+        return importlib.metadata.version("dynmoe-ds")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _layer(plain: Mapping[str, Any]) -> LayerManifest:
+    return LayerManifest(**{**plain, "expert_ids": tuple(plain["expert_ids"])})
