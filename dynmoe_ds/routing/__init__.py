@@ -15,20 +15,31 @@ from dynmoe_ds.routing.router import (
     router_config,
     router_names,
 )
+from dynmoe_ds.routing.token_kinds import mean_k_per_kind
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-from dynmoe_ds.routing.top_any import TopAnyConfig  # noqa: E402 - the loop above must not hide this from type checkers
+# Imported by name, since the loop above hides them from type checkers.
+from dynmoe_ds.routing.expert_threshold import ExpertThresholdConfig  # noqa: E402
+from dynmoe_ds.routing.relu import ReluConfig  # noqa: E402
+from dynmoe_ds.routing.top_any import TopAnyConfig  # noqa: E402
+from dynmoe_ds.routing.top_k import TopKConfig  # noqa: E402
+from dynmoe_ds.routing.top_p import TopPConfig  # noqa: E402
 
 __all__ = [
     "BudgetConfig",
+    "ExpertThresholdConfig",
+    "ReluConfig",
     "Router",
     "RouterConfig",
     "Routing",
     "RoutingRecords",
     "TopAnyConfig",
+    "TopKConfig",
+    "TopPConfig",
     "build_router",
+    "mean_k_per_kind",
     "register_router",
     "router_config",
     "router_names",

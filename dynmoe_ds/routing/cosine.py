@@ -35,3 +35,13 @@ class _CosineScores(torch.autograd.Function):
         # d cos(x, r) / dx = r / |x| − cos(x, r) x / |x|²
         along = (grad * scores).sum(1, keepdim=True).div_(length).neg_()
         return torch.addmm(hidden * along, grad, unit_rows), grad.T @ hidden
+
+
+def cosine_quantile(share: Tensor, hidden_size: int) -> Tensor:
+    """The cosine, in (-1, 1), that `share` of all directions in `hidden_size` dimensions exceed with a given one.
+
+    c √(D − 1) / √(1 − c²) has Student's distribution of D − 1 degrees of freedom, taken as normal here: the share comes
+    out right to 0.03 from 8 dimensions on, to 0.005 from 64 on.
+    """
+    z = -torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6))
+    return z / (max(hidden_size - 1, 1) + z.square()).sqrt()

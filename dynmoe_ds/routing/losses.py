@@ -60,3 +60,35 @@ def mean_open(gates: Tensor, num_tokens: Tensor | int) -> Tensor:
     """Mean number of open gates per real token (`gates` [T, S], padding 0)."""
     count = max(num_tokens, 1) if isinstance(num_tokens, int) else num_tokens.clamp_min(1)
     return gates.sum() / count
+
+
+def num_real_tokens(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """Number of real tokens among `tokens` [T, ...], an int64 scalar; `real` [T] bool is False for padding."""
+    if real is not None:
+        return real.sum()
+    return torch.full((), tokens.shape[0], dtype=torch.int64, device=tokens.device)
+
+
+def token_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of `values` [T, ...] over the real tokens; 0 without any."""
+    if real is not None:
+        values = torch.where(real.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+    return values.sum(0) / num_real_tokens(values, real).clamp_min(1)
+
+
+def probability_balance(frequency: Tensor, probs: Tensor, num_experts: Tensor, real: Tensor | None) -> Tensor:
+    """`M Σ_i f_i Q_i`: f_i how often expert i is chosen [S], a constant; Q_i the mean of its probability [T, S].
+
+    Over the tokens of this rank and micro step. Source: Switch Transformer, arXiv 2101.03961 §2.2.
+    """
+    return num_experts * (frequency * token_mean(probs, real)).sum()
+
+
+def z_loss(logits: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over tokens of `(log Σ_i exp(logit_i))²` of logits [T, S]. Source: ST-MoE, arXiv 2202.08906."""
+    return token_mean(torch.logsumexp(logits, dim=1).square(), real)
+
+
+def entropy(probs: Tensor, log_probs: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over tokens of `−Σ_i P_i log P_i`; both [T, S], with finite logarithms. Source: arXiv 2403.07652."""
+    return token_mean(-(probs * log_probs).sum(1), real)

@@ -15,6 +15,7 @@ from dynmoe_ds.routing.exact_buffers import ExactBuffers
 
 if TYPE_CHECKING:
     from dynmoe_ds.routing.records import RoutingRecords
+    from dynmoe_ds.routing.splitting import SplitExpert
 
 
 class Routing(NamedTuple):
@@ -43,9 +44,16 @@ class RouterConfig(ABC):
     """Base of every router's configuration: a frozen dataclass of simple types, next to its router.
 
     may_leave_unrouted: whether a token can choose no expert, which is what growth by Algorithm 1 waits for.
+    has_equal_loads: whether all experts take equally many tokens by construction.
     """
 
     may_leave_unrouted: ClassVar[bool] = False
+    has_equal_loads: ClassVar[bool] = False
+
+    @property
+    def min_experts(self) -> int:
+        """Live experts that a token's choice needs; pruning leaves at least as many."""
+        return 1
 
     @abstractmethod
     def faults(self) -> list[str]:
@@ -69,13 +77,14 @@ class Router(ExactBuffers, ABC):
     """
 
     weight: nn.Parameter
-    budget: Budget | None = None
+    budget: Budget | None
     slot_buffers: tuple[str, ...] = ()
     shared_parameters: tuple[str, ...] = ()
 
     def __init__(self, config: RouterConfig, hidden_size: int, num_slots: int) -> None:
         super().__init__()
         self.config = config
+        self.budget = None  # here and not on the class, where it would hide the submodule of a subclass
         self.weight = nn.Parameter(torch.zeros(num_slots, hidden_size))
 
     @abstractmethod
@@ -102,8 +111,26 @@ class Router(ExactBuffers, ABC):
         """The shapes of `Routing.statistics`, also of a call without tokens."""
         return {}
 
+    def observables(self, active: Tensor) -> dict[str, Tensor]:
+        """The controller's values that are worth a line in a plot: scalars by name, equal on all ranks.
+
+        By default those of the budget; a router adds its own, such as `lambda` or `p`. active [S] bool: the live slots.
+        """
+        if self.budget is None:
+            return {}
+        return {"budget_control": self.budget.control, "budget_target": self.budget.target(active.sum().double())}
+
     def update(self, records: RoutingRecords, active: Tensor) -> None:
         """Take in one optimiser step: `records` summed over its micro steps and all data-parallel ranks."""
+
+    def split(self, values: Mapping[str, Tensor], split: SplitExpert) -> dict[str, Tensor]:
+        """New values of parameters and buffers by name, whole, where a split needs others than `values`.
+
+        values: parameters [S, ...] and buffers [S] of the slots by name, after the split: `weight` has the two new
+        gate rows, everything else of the child is the parent's. Must not change them. A router in which an expert's
+        own state says how many tokens it takes gives each of the two half of the parent's here (`halving_threshold`).
+        """
+        return {}
 
 
 R = TypeVar("R", bound=type[Router])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dynmoe_ds.routing import losses
-from dynmoe_ds.routing.cosine import cosine_scores
+from dynmoe_ds.routing.balancing_bias import SELECTION_BIAS, add_selection_bias, bias_faults, move_selection_bias
+from dynmoe_ds.routing.budget import Budget, BudgetConfig
+from dynmoe_ds.routing.cosine import cosine_quantile, cosine_scores
+from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
+from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopAnyConfig(RouterConfig):
-    """Top-any gating as in the paper; `recommended()` holds the best defaults known, `authors_code()` the later losses.
+    """Top-any gating as in the paper; `recommended()` holds the best defaults known, `authors_code()` the later losses,
+    `budgeted()` the best defaults at a mean number of experts that you choose.
 
     temperature: τ in σ(τ s) and in the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` its share
     of exp(τ s) among the chosen ones. straight_through: which margins the gate's gradient reaches, `all_live` (paper)
@@ -26,9 +31,15 @@ class TopAnyConfig(RouterConfig):
     own full weight, without a common factor; price_weight is per open expert and token, efficiency_weight per share of
     the live experts that are open. load_balance_gradient: what the load-balance loss differentiates, the published
     `gates`, which closes them too, or the `shares` g/k, which only moves load (see `losses.load_balance`).
-    Source: arXiv 2405.14297 §3.1 and §3.3; the terms after simplicity come from the authors' later code, price and the
-    recommended values from the study summed up in docs/decisions.md.
+    k_max: most experts per token; of its open gates those with the greatest margins stay, the others count as closed.
+    budget: mean number of experts per token to hold, by an offset common to the layer's thresholds; the thresholds
+    themselves then say only how experts differ: their mean over the live experts is taken away. bias_update_speed: γ of
+    loss-free balancing in units of the cosine, 0 for none (`balancing_bias.py`).
+    Source: arXiv 2405.14297 §3.1 and §3.3; the terms after simplicity come from the authors' later code, price, budget
+    and the recommended values from the study summed up in docs/decisions.md.
     """
+
+    may_leave_unrouted: ClassVar[bool] = True
 
     temperature: float = 1.0
     weighting: Literal["average", "softmax"] = "average"
@@ -40,6 +51,9 @@ class TopAnyConfig(RouterConfig):
     load_balance_gradient: Literal["gates", "shares"] = "gates"
     efficiency_weight: float = 0.0
     price_weight: float = 0.0
+    k_max: int | None = None
+    budget: BudgetConfig | None = None
+    bias_update_speed: float = 0.0
 
     @classmethod
     def authors_code(cls) -> TopAnyConfig:
@@ -58,6 +72,11 @@ class TopAnyConfig(RouterConfig):
             price_weight=0.01 / 16,
         )
 
+    @classmethod
+    def budgeted(cls, target_k: float = 2.0) -> TopAnyConfig:
+        """As `recommended()`, with `target_k` experts per token on average; the budget takes the place of the price."""
+        return replace(cls.recommended(), price_weight=0.0, budget=BudgetConfig(target_k=target_k))
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []
@@ -75,7 +94,11 @@ class TopAnyConfig(RouterConfig):
         for name, weight in self.aux_loss_weights().items():
             if not weight >= 0:
                 found.append(f"router.{name}_weight is {weight} but must not be negative.")
-        return found
+        if self.k_max is not None and self.k_max < 1:
+            found.append(f"router.k_max is {self.k_max} but must be at least 1.")
+        if self.budget is not None:
+            found += self.budget.faults(self.k_max, k_min=1 if self.training_fallback == "top_1" else 0)
+        return found + bias_faults(self.bias_update_speed)
 
     def aux_loss_weights(self) -> dict[str, float]:
         """The weight of every auxiliary loss by name; losses of weight 0 are not computed."""
@@ -93,6 +116,7 @@ class TopAnyConfig(RouterConfig):
     TopAnyConfig,
     top_any_recommended=TopAnyConfig.recommended,
     top_any_authors_code=TopAnyConfig.authors_code,
+    top_any_budget=TopAnyConfig.budgeted,
 )
 class TopAnyRouter(Router):
     """`g_e(x) = [cos(x, w_e) > G_e]` with a straight-through gradient through `σ(τ s_e) − σ(τ G_e)`.
@@ -105,24 +129,52 @@ class TopAnyRouter(Router):
     open gates k is a constant in the backward pass, as in the paper. With `softmax` the weight is g_e exp(τ s_e) / Σ g
     exp(τ s) over the chosen experts, differentiated as a whole: a gate gains by how much its expert is better than the
     token's mixture, not by whether the output should be larger, which would open or close all gates together.
-    Diversity and simplicity reach the rows alone.
+    Diversity and simplicity reach the rows alone. A gate that `k_max` closes is a closed gate in all of this.
+
+    With a budget `G_e − mean(G) + offset` takes the place of `G_e`, the mean over the live experts. The offset is the
+    budget's control value plus the threshold that would let the target through if tokens pointed everywhere alike, and
+    so follows the number of live experts without delay, plus `level`, by which a split keeps the thresholds of
+    the other experts where they are. Without the centring, controller and parameters would race each other. A balancing
+    bias, centred too so that it moves load and not k, lowers its expert's threshold; the weights do not see it.
 
     Source: arXiv 2405.14297 §3.1. Ours compares scores with thresholds before the sigmoid (equal for τ > 0), where
     small thresholds keep their precision, and works in float32 whatever the model's dtype.
     """
 
     config: TopAnyConfig
+    selection_bias: Tensor
+    level: Tensor
 
     def __init__(self, config: TopAnyConfig, hidden_size: int, num_slots: int) -> None:
         super().__init__(config, hidden_size, num_slots)
         self.threshold = nn.Parameter(torch.zeros(num_slots))
+        if config.bias_update_speed > 0:
+            add_selection_bias(self)
+        if config.budget is not None:
+            # In units of the deviation of random tokens' scores. The next step's k answers to the control value at
+            # once, so a proportional part would make it swing and not settle earlier: docs/routers.md. The limit of 2
+            # takes any offset in [-1, 1] to any other.
+            self.budget = Budget(
+                config.budget,
+                proportional_gain=0.0,
+                integral_gain=0.8 / hidden_size**0.5,
+                limit=2.0,
+                k_max=config.k_max,
+            )
+            self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether `update_routers` must be called after every optimiser step."""
+        return super().has_controller or self.config.bias_update_speed > 0
 
     def forward(self, hidden: Tensor, active: Tensor, real: Tensor | None) -> Routing:
         """Route `hidden` [T, D] over the live slots `active` [S] bool; `real` [T] bool is False for padding."""
         config = self.config
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight, threshold = hidden.to(dtype), self.weight.to(dtype), self.threshold.to(dtype)
+            hidden, weight = hidden.to(dtype), self.weight.to(dtype)
+            threshold = self._thresholds(self.threshold.to(dtype), self._buffers.get(SELECTION_BIAS), active)
             rows = losses.unit_rows(weight, active)
             scores = cosine_scores(hidden, rows)
             eligible = active.expand_as(scores) if real is None else active & real[:, None]
@@ -130,6 +182,9 @@ class TopAnyRouter(Router):
             chosen = (scores > threshold) & eligible
             margins = torch.sigmoid(config.temperature * scores) - torch.sigmoid(config.temperature * threshold)
             unrouted = ~chosen.any(1) if real is None else ~chosen.any(1) & real
+            if config.k_max is not None and config.k_max < len(active):
+                best = margins.detach().masked_fill(~chosen, -torch.inf).topk(config.k_max, dim=1).indices
+                chosen = chosen & torch.zeros_like(chosen).scatter(1, best, True)
             if not self.training or config.training_fallback == "top_1":
                 best = margins.detach().masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
                 chosen = chosen | (torch.zeros_like(chosen).scatter(1, best, unrouted[:, None]) & eligible)
@@ -139,6 +194,45 @@ class TopAnyRouter(Router):
             weights = self._combine_weights(gates, scores, chosen)
             aux = self._aux_losses(gates, weight, rows, active, real)
         return Routing(mask=chosen, weights=weights, aux_losses=aux, unrouted=unrouted)
+
+    def update(self, records: RoutingRecords, active: Tensor) -> None:
+        """Take in one optimiser step: move the balancing bias."""
+        if self.config.bias_update_speed > 0:
+            move_selection_bias(self.selection_bias, records.tokens_per_slot, active, self.config.bias_update_speed)
+
+    def split(self, values: Mapping[str, Tensor], split: SplitExpert) -> dict[str, Tensor]:
+        """Thresholds at which each half takes half of the parent's tokens; all other experts keep theirs.
+
+        values: parameters and buffers [S, ...] of the slots by name, the child's copied from the parent's.
+        """
+        halves = [split.parent, split.child]
+        before = split.active.clone()
+        before[split.child] = False
+        threshold, bias = values["threshold"], values.get(SELECTION_BIAS)
+        wanted = self._thresholds(threshold, bias, before).clone()
+        load = int(split.chose_parent.sum())
+        if load >= 2:
+            rows = losses.unit_rows(values["weight"], split.active)[halves]
+            scores = cosine_scores(split.hidden.to(rows.dtype), rows)
+            wanted[halves] = torch.stack([halving_threshold(column, load) for column in scores.T]).to(wanted.dtype)
+        shift = torch.where(split.active, wanted - self._thresholds(threshold, bias, split.active), 0.0)
+        if self.budget is None:
+            return {"threshold": threshold + shift}
+        # Centring takes away what all thresholds move by together.
+        return {
+            "threshold": threshold + torch.where(split.active, _centred(shift, split.active), 0.0),
+            "level": self.level + shift.sum() / split.active.sum(),
+        }
+
+    def _thresholds(self, threshold: Tensor, bias: Tensor | None, active: Tensor) -> Tensor:
+        """What scores are compared with [S]: the parameters `threshold` [S], moved by balancing bias [S] and budget."""
+        if bias is not None:
+            threshold = threshold - _centred(bias.to(threshold.dtype), active)
+        if self.budget is not None:
+            num_live = active.sum()
+            start = cosine_quantile(self.budget.target(num_live) / num_live, self.weight.shape[1])
+            threshold = _centred(threshold, active) + (start + self.level + self.budget.control).to(threshold.dtype)
+        return threshold
 
     def _combine_weights(self, gates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         """Weights [T, S], 0 off the chosen experts, that sum to 1 for a token with any."""
@@ -166,3 +260,8 @@ class TopAnyRouter(Router):
             "price": lambda: losses.mean_open(gates, num_tokens),
         }
         return {name: terms[name]() for name, factor in self.config.aux_loss_weights().items() if factor > 0}
+
+
+def _centred(values: Tensor, active: Tensor) -> Tensor:
+    """`values` [S] less their mean over the live slots; without meaning in free ones."""
+    return values - torch.where(active, values, 0.0).sum() / active.sum()
