@@ -3,8 +3,9 @@
 from dynmoe_ds.adaptation.config import AdaptationConfig
 from dynmoe_ds.adaptation.controller import AdaptationController
 from dynmoe_ds.adaptation.event import AdaptationEvent, alarms, describe
-from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
-from dynmoe_ds.adaptation.rules import Decision, register_rule
+from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune, Split
+from dynmoe_ds.adaptation.rules import Decision, register_rule, rule_fault
+from dynmoe_ds.adaptation.split_rules import split_all, split_loaded, split_strained
 from dynmoe_ds.adaptation.surgery import operate
 from dynmoe_ds.adaptation.window import RecordingWindow, add_records
 
@@ -18,9 +19,14 @@ __all__ = [
     "Plan",
     "Prune",
     "RecordingWindow",
+    "Split",
     "add_records",
     "alarms",
     "describe",
     "operate",
     "register_rule",
+    "rule_fault",
+    "split_all",
+    "split_loaded",
+    "split_strained",
 ]

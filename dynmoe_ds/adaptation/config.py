@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from dynmoe_ds.errors import ConfigError
@@ -25,8 +26,15 @@ class AdaptationConfig:
     min_unrouted_share: share of the window's tokens that must have chosen nobody before an expert is added; 0 means
     "any token", as in the paper. prune_below_share: prune experts whose load is below this fraction of the mean load
     of the live experts; 0 means "chosen by nobody", as in the paper. new_threshold: threshold of a new expert.
-    last_growth_step: no expert is added after this step; None sets no end.
-    Source: arXiv 2405.14297 §3.2; the fields after `seeding` come from the study summed up in docs/decisions.md.
+    last_growth_step: no expert is added after this step; None sets no end. first_step: the step that the first
+    adaptation follows; None is `every_steps`. With steps of an epoch, 1/3 of them as window and 2/3 as first step make
+    the paper's "record from 1/3 to 2/3 of each epoch, then adapt".
+
+    Of a split: split_separation: how far the gate rows of the two halves part, the E of `w ± E |w| u`.
+    split_reset_share: share of the child's hidden units that start anew instead of as the parent's, which helped in the
+    first fifth of training and hurt later. split_above_load: the rule `split_loaded` splits experts with more than this
+    times the mean load. `seeding`, `noise` and `new_threshold` are for experts that are added, not split.
+    Source: arXiv 2405.14297 §3.2; the fields after `seeding` come from the studies summed up in docs/decisions.md.
     """
 
     every_steps: int
@@ -38,6 +46,10 @@ class AdaptationConfig:
     prune_below_share: float = 0.0
     new_threshold: Literal["zero", "mean_of_live"] = "zero"
     last_growth_step: int | None = None
+    first_step: int | None = None
+    split_separation: float = 1.0
+    split_reset_share: float = 0.0
+    split_above_load: float = 1.5
 
     def __post_init__(self) -> None:
         faults = self.faults()
@@ -66,4 +78,15 @@ class AdaptationConfig:
                 found.append(f"adaptation.{name} is {value} but must be at least 0 and below 1.")
         if self.last_growth_step is not None and self.last_growth_step < 0:
             found.append(f"adaptation.last_growth_step is {self.last_growth_step} but must not be negative.")
+        if self.first_step is not None and self.first_step < self.window_steps:
+            found.append(
+                f"adaptation.first_step is {self.first_step} but must be at least adaptation.window_steps "
+                f"({self.window_steps}), which are the steps before it."
+            )
+        if not 0 <= self.split_separation < inf:
+            found.append(f"adaptation.split_separation is {self.split_separation} but must be finite, at least 0.")
+        if not 0 <= self.split_reset_share <= 1:
+            found.append(f"adaptation.split_reset_share is {self.split_reset_share} but must be between 0 and 1.")
+        if not self.split_above_load > 0:
+            found.append(f"adaptation.split_above_load is {self.split_above_load} but must be above 0.")
         return found

@@ -8,65 +8,105 @@ import torch
 from torch import Tensor
 
 from dynmoe_ds.adaptation.config import AdaptationConfig
-from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
-from dynmoe_ds.adaptation.rules import rule_named, tokens_per_expert
-from dynmoe_ds.errors import PlacementError
+from dynmoe_ds.adaptation.plan import Grow, Plan, PlanItem, Prune, Split
+from dynmoe_ds.adaptation.rules import Decision, busiest_first, rule_named, tokens_per_expert
+from dynmoe_ds.errors import PlacementError, RoutingError
 from dynmoe_ds.moe import Placement
+from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords
 
 
 class AdaptationController:
     """Applies the configured rule to every layer and finds slots and parents for what it adds.
 
-    Raises: ConfigError for an unknown rule.
+    rule: the configured one. Raises: ConfigError for an unknown rule.
     """
 
     def __init__(self, config: AdaptationConfig) -> None:
         self.config = config
-        self._rule = rule_named(config.rule)
+        self.rule = rule_named(config.rule)
 
     def decide(
-        self, records: Mapping[str, RoutingRecords], placements: Mapping[str, Placement], *, step: int = 0
+        self,
+        records: Mapping[str, RoutingRecords],
+        placements: Mapping[str, Placement],
+        *,
+        step: int = 0,
+        min_experts: Mapping[str, int] | None = None,
     ) -> tuple[Plan, frozenset[str]]:
         """The plan after optimiser step `step`, and the layers that wanted an expert but had no free slot.
 
         records: by layer, summed over all data-parallel ranks. Pruning comes first, so a slot set free can be used at
-        once. A new expert goes to a free slot on the rank with the fewest live experts.
+        once; it leaves `min_experts` of a layer, by default 1, and spares the busiest. A new expert goes to a free slot
+        on the rank with the fewest live experts. Experts split in the rule's order as long as there are slots.
+        Raises: RoutingError if the rule needs strain and the records have none.
         """
-        items: list[Prune | Grow | Move] = []
+        items: list[PlanItem] = []
         full: set[str] = set()
         for layer, record in records.items():
+            if self.rule.needs_strain and STRAIN not in record.statistics:
+                raise RoutingError(
+                    f"adaptation.rule is {self.config.rule}, but the records of {layer} hold no strain. Record with "
+                    "StepLedger(with_strain=True)."
+                )
             placement = placements[layer]
-            decision = self._rule(record, placement, self.config)
-            for expert_id in decision.pruned_ids:
+            decision = self.rule.decide(record, placement, self.config)
+            for expert_id in self._pruned(decision, record, placement, (min_experts or {}).get(layer, 1)):
                 items.append(Prune(layer=layer, expert_id=expert_id))
                 placement = placement.without(expert_id)
-            if decision.new_gate_row is not None and self._may_grow(step):
-                load_by_slot = dict(enumerate(record.tokens_per_slot.tolist()))
-                slot = placement.least_loaded_free_slot(load_by_slot)
-                if slot is None:
-                    full.add(layer)
-                    continue
-                parent = self._most_loaded(record, placement) if self.config.seeding == "copy_most_loaded" else None
-                items.append(
-                    Grow(
-                        layer=layer,
-                        expert_id=placement.next_id,
-                        slot=slot,
-                        gate_row=decision.new_gate_row,
-                        seeding=self.config.seeding,
-                        parent_id=parent,
-                    )
-                )
+            if self.may_grow(step):
+                added, is_full = self._added(layer, decision, record, placement)
+                items += added
+                full |= {layer} if is_full else set()
         return Plan(items=tuple(items)), frozenset(full)
 
-    def _may_grow(self, step: int) -> bool:
+    def may_grow(self, step: int) -> bool:
+        """Whether the adaptation after optimiser step `step` may add experts."""
         return self.config.last_growth_step is None or step <= self.config.last_growth_step
 
-    @staticmethod
-    def _most_loaded(record: RoutingRecords, placement: Placement) -> int:
+    def _pruned(
+        self, decision: Decision, record: RoutingRecords, placement: Placement, min_experts: int
+    ) -> tuple[int, ...]:
+        """What the rule wants to prune, less the busiest that must stay for `min_experts` to be left."""
+        num_spared = min_experts - (len(placement.live_ids) - len(decision.pruned_ids))
+        if num_spared <= 0:
+            return decision.pruned_ids
         load = tokens_per_expert(record, placement)
-        return max(load, key=lambda expert_id: (load[expert_id], -expert_id))
+        spared = busiest_first({expert_id: load[expert_id] for expert_id in decision.pruned_ids})[:num_spared]
+        return tuple(expert_id for expert_id in decision.pruned_ids if expert_id not in spared)
+
+    def _added(
+        self, layer: str, decision: Decision, record: RoutingRecords, placement: Placement
+    ) -> tuple[list[PlanItem], bool]:
+        """The experts that come, and whether one more was wanted than there are slots. `placement`: after pruning."""
+        items: list[PlanItem] = []
+        load_by_slot = dict(enumerate(record.tokens_per_slot.tolist()))
+        for parent_id in decision.split_ids:
+            slot = placement.least_loaded_free_slot(load_by_slot)
+            if slot is None:
+                return items, True
+            parent_slot = placement.slot_of(parent_id)
+            load_by_slot[slot] = load_by_slot[parent_slot] // 2
+            load_by_slot[parent_slot] -= load_by_slot[slot]
+            items.append(Split(layer=layer, parent_id=parent_id, expert_id=placement.next_id, slot=slot))
+            placement = placement.with_new_expert(slot)
+        if decision.new_gate_row is not None:
+            slot = placement.least_loaded_free_slot(load_by_slot)
+            if slot is None:
+                return items, True
+            load = {expert_id: load_by_slot[at] for expert_id, at in placement.slots_by_id.items()}
+            parent = busiest_first(load)[0] if self.config.seeding == "copy_most_loaded" else None
+            items.append(
+                Grow(
+                    layer=layer,
+                    expert_id=placement.next_id,
+                    slot=slot,
+                    gate_row=decision.new_gate_row,
+                    seeding=self.config.seeding,
+                    parent_id=parent,
+                )
+            )
+        return items, False
 
 
 def nearest_expert(gate_row: Tensor, gate_rows: Tensor, placement: Placement) -> int:

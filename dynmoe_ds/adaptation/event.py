@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
+from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune, Split
 from dynmoe_ds.adaptation.rules import tokens_per_expert
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
@@ -55,7 +55,7 @@ def describe(
         items = plan.of_layer(name)
         layers[name] = {
             "pruned": [item.expert_id for item in items if isinstance(item, Prune)],
-            "grown": [_grown(item, after[name]) for item in items if isinstance(item, Grow)],
+            "grown": [_grown(item, after[name]) for item in items if isinstance(item, Grow | Split)],
             "moved": [
                 {"expert_id": i.expert_id, "from_slot": before[name].slots_by_id.get(i.expert_id), "to_slot": i.to_slot}
                 for i in items
@@ -90,11 +90,11 @@ def alarms(layer: str, record: RoutingRecords, *, num_live: int) -> list[str]:
     return found
 
 
-def _grown(item: Grow, placement: Placement) -> dict[str, Any]:
+def _grown(item: Grow | Split, placement: Placement) -> dict[str, Any]:
     return {
         "expert_id": item.expert_id,
         "slot": item.slot,
         "rank": placement.rank_of(item.slot),
         "parent_id": item.parent_id,
-        "seeding": item.seeding,
+        "seeding": item.seeding if isinstance(item, Grow) else "split",
     }

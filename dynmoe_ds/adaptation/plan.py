@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -43,11 +43,7 @@ class Grow:
     parent_id: int | None
 
     def apply(self, placement: Placement) -> Placement:
-        if self.expert_id != placement.next_id:
-            raise PlacementError(
-                f"The plan calls a new expert of {self.layer} {self.expert_id}, but the next id is {placement.next_id}."
-            )
-        return placement.with_new_expert(self.slot)
+        return _with_new_expert(placement, self.layer, self.expert_id, self.slot)
 
     def with_parent(self, parent_id: int) -> Grow:
         return replace(self, parent_id=parent_id)
@@ -66,6 +62,32 @@ class Grow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Make two of the expert `parent_id`: it keeps its id and slot, and a child `expert_id` takes the free slot `slot`.
+
+    Both are copies of the parent whose gate rows part in opposite directions, so that its tokens are shared among them.
+    """
+
+    layer: str
+    parent_id: int
+    expert_id: int
+    slot: int
+
+    def apply(self, placement: Placement) -> Placement:
+        placement.slot_of(self.parent_id)
+        return _with_new_expert(placement, self.layer, self.expert_id, self.slot)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "split",
+            "layer": self.layer,
+            "parent_id": self.parent_id,
+            "expert_id": self.expert_id,
+            "slot": self.slot,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
     """Carry `expert_id` with its moments to the free slot `to_slot`, on whatever rank that is."""
 
@@ -80,11 +102,14 @@ class Move:
         return {"kind": "move", "layer": self.layer, "expert_id": self.expert_id, "to_slot": self.to_slot}
 
 
+PlanItem: TypeAlias = Prune | Grow | Split | Move
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Items in the order in which they are carried out."""
 
-    items: tuple[Prune | Grow | Move, ...]
+    items: tuple[PlanItem, ...]
 
     def apply(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
         """The placements after the plan. Raises: PlacementError if an item contradicts them."""
@@ -93,9 +118,17 @@ class Plan:
             after[item.layer] = item.apply(after[item.layer])
         return after
 
-    def of_layer(self, layer: str) -> tuple[Prune | Grow | Move, ...]:
+    def of_layer(self, layer: str) -> tuple[PlanItem, ...]:
         return tuple(item for item in self.items if item.layer == layer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal on all ranks, readable in an error message; gate rows enter as checksums."""
         return {f"item {i}": item.to_dict() for i, item in enumerate(self.items)} | {"items": len(self.items)}
+
+
+def _with_new_expert(placement: Placement, layer: str, expert_id: int, slot: int) -> Placement:
+    if expert_id != placement.next_id:
+        raise PlacementError(
+            f"The plan calls a new expert of {layer} {expert_id}, but the next id is {placement.next_id}."
+        )
+    return placement.with_new_expert(slot)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from dynmoe_ds.adaptation.config import SEEDINGS, AdaptationConfig
 from dynmoe_ds.adaptation.controller import nearest_expert
-from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune
-from dynmoe_ds.distributed import assert_same_on_all_ranks
+from dynmoe_ds.adaptation.plan import Grow, Move, Plan, PlanItem, Split
+from dynmoe_ds.adaptation.splitting import redrawn, split_direction, split_rows
+from dynmoe_ds.distributed import assert_same_on_all_ranks, take_from_first_rank
 from dynmoe_ds.errors import PlacementError, SurgeryError
 from dynmoe_ds.experts import seeded_generator
-from dynmoe_ds.moe import MoELayer, Placement
+from dynmoe_ds.moe import MoELayer, Placement, TokenSampler
+from dynmoe_ds.routing.splitting import SplitExpert
 
 WEIGHT = "weight"
 SECOND_MOMENT = "exp_avg_sq"
@@ -36,29 +38,44 @@ class Masters(Protocol):
         """Set rows of master, state and model weight. Local, but every sharing rank must give the same values."""
 
 
-def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config: AdaptationConfig | None) -> Plan:
+def operate(
+    plan: Plan,
+    layers: Mapping[str, MoELayer],
+    masters: Masters,
+    config: AdaptationConfig | None,
+    sampler: TokenSampler | None = None,
+) -> Plan:
     """Carry out a plan; give it with the parents that `copy_nearest` chose.
 
-    Collective: every rank, with the same plan (compared first). config: how new experts are seeded; may be None for a
-    plan without `Grow`. Raises: DivergenceError on every rank if plans differ; PlacementError if the plan contradicts
-    the placements; SurgeryError for an expert that cannot be seeded as it says. All before anything is changed.
+    config: how new experts are seeded; may be None for a plan that adds none. sampler: the tokens that experts are
+    split by, taken with the placements that the plan starts from; without one the halves part in a random direction
+    and keep the parent's thresholds.
+
+    Collective: every rank, with the same plan (compared first). Raises: DivergenceError on every rank if plans differ;
+    PlacementError if the plan contradicts the placements; SurgeryError for an expert that cannot be seeded or split as
+    it says. All before anything is changed.
     """
     assert_same_on_all_ranks(
         "the plan", plan.fingerprint(), advice="Give all ranks the same plan: nothing was changed."
     )
     _check(plan, layers, config)
-    done: list[Prune | Grow | Move] = []
+    done: list[PlanItem] = []
+    samples = _Samples(layers, sampler)
     with torch.no_grad():
         for item in plan.items:
-            surgeon = _Surgeon(layers[item.layer], masters)
+            layer = layers[item.layer]
+            surgeon = _Surgeon(layer, masters)
             if isinstance(item, Grow):
                 assert config is not None  # checked above
                 item = surgeon.grow(item, config)
+            elif isinstance(item, Split):
+                assert config is not None  # checked above
+                surgeon.split(item, config, *samples.of_parent(item))
             elif isinstance(item, Move):
                 surgeon.move(item)
             else:
-                surgeon.clear(layers[item.layer].placement.slot_of(item.expert_id))
-            layers[item.layer].placement = item.apply(layers[item.layer].placement)
+                surgeon.clear(layer.placement.slot_of(item.expert_id))
+            layer.placement = item.apply(layer.placement)
             done.append(item)
     pools = {name: layer.placement.expert_ids for name, layer in layers.items()}
     assert_same_on_all_ranks("the pools after surgery", pools, advice="This is a fault of dynmoe_ds: please report it.")
@@ -68,18 +85,31 @@ def operate(plan: Plan, layers: Mapping[str, MoELayer], masters: Masters, config
 def _check(plan: Plan, layers: Mapping[str, MoELayer], config: AdaptationConfig | None) -> None:
     """Raises: PlacementError, SurgeryError as `operate`."""
     placements = {name: layer.placement for name, layer in layers.items()}
+    made: set[tuple[str, int]] = set()  # experts of a layer that the plan has split or added so far
     for item in plan.items:
         if item.layer not in layers:
             raise PlacementError(f"There is no layer called {item.layer!r}. Layers: {', '.join(layers)}.")
+        if isinstance(item, Grow | Split) and config is None:
+            raise SurgeryError(
+                f"{item.layer}, expert {item.expert_id}: a plan that grows experts needs an AdaptationConfig. Give "
+                "initialize one."
+            )
         if isinstance(item, Grow):
-            _check_seeding(item, layers[item.layer], placements[item.layer], config)
+            _check_seeding(item, layers[item.layer], placements[item.layer])
+        if isinstance(item, Split):
+            if (item.layer, item.parent_id) in made:
+                raise SurgeryError(
+                    f"{item.layer}, expert {item.expert_id}: its parent {item.parent_id} was split or added earlier in "
+                    "this plan, and nobody knows its tokens yet. Split it in a later plan."
+                )
+            made.add((item.layer, item.parent_id))
+        if isinstance(item, Grow | Split):
+            made.add((item.layer, item.expert_id))
         placements[item.layer] = item.apply(placements[item.layer])
 
 
-def _check_seeding(item: Grow, layer: MoELayer, placement: Placement, config: AdaptationConfig | None) -> None:
+def _check_seeding(item: Grow, layer: MoELayer, placement: Placement) -> None:
     where = f"{item.layer}, expert {item.expert_id}"
-    if config is None:
-        raise SurgeryError(f"{where}: a plan that grows experts needs an AdaptationConfig. Give initialize one.")
     if item.seeding not in SEEDINGS:
         raise SurgeryError(f"{where}: seeding is {item.seeding!r}. Use one of {', '.join(SEEDINGS)}.")
     if item.seeding == "copy_most_loaded" and item.parent_id is None:
@@ -88,6 +118,30 @@ def _check_seeding(item: Grow, layer: MoELayer, placement: Placement, config: Ad
         placement.slot_of(item.parent_id)
     if item.gate_row.shape != (layer.hidden_size,):
         raise SurgeryError(f"{where}: gate_row has shape {list(item.gate_row.shape)}, not [{layer.hidden_size}].")
+
+
+class _Samples:
+    """The tokens that experts are split by: gathered at the first split of a layer and kept for one layer at a time."""
+
+    def __init__(self, layers: Mapping[str, MoELayer], sampler: TokenSampler | None) -> None:
+        self._layers, self._sampler = layers, sampler
+        self._placements = {name: layer.placement for name, layer in layers.items()}
+        self._name: str | None = None
+        self._sample = (torch.empty(0), torch.empty(0))
+
+    def of_parent(self, item: Split) -> tuple[Tensor, Tensor]:
+        """hidden [N, D] and which of them chose the parent [N] bool; N is 0 without a sample.
+
+        Collective: every rank.
+        """
+        layer = self._layers[item.layer]
+        if self._sampler is None:
+            none = layer.active.new_zeros(0)
+            return none.new_zeros(0, layer.hidden_size, dtype=torch.float32), none
+        if self._name != item.layer:
+            self._name, self._sample = item.layer, self._sampler.gather(layer)
+        hidden, mask = self._sample
+        return hidden, mask[:, self._placements[item.layer].slot_of(item.parent_id)]
 
 
 class _Surgeon:
@@ -113,6 +167,68 @@ class _Surgeon:
         for buffer in self.router_buffers:
             buffer[item.slot] = buffer[list(self.placement.slots_by_id.values())].mean()
         return item
+
+    def split(self, item: Split, config: AdaptationConfig, hidden: Tensor, chose_parent: Tensor) -> None:
+        """Copy an expert into a free slot and part the gate rows of the two; they are split by hidden [N, D].
+
+        The FFN's moments are copied. Gate rows and what else the router has for the two start with a first moment of 0
+        and the parent's second moment: with 0 their first update would be about three times the learning rate.
+        Every rank takes the router's values of rank 0, so that no rounding can make replicas differ.
+        """
+        parent, child = self.placement.slot_of(item.parent_id), item.slot
+        expert = self._read_expert(parent)
+        self._reset_units(expert, item.expert_id, config.split_reset_share)
+        self._write_expert(child, expert)
+
+        router, num_slots = self.layer.router, self.layer.num_slots
+        states = {name: self.masters.read(param, 0, num_slots) for name, param in self.router_params.items()}
+        values = {name: state[WEIGHT].clone() for name, state in states.items()}
+        values |= {name: router.get_buffer(name).clone() for name in router.slot_buffers}
+        for value in values.values():
+            value[child] = value[parent]
+        row = values["weight"][parent].double()
+        generator = seeded_generator(self.layer.seed, item.expert_id, "split")
+        rows = split_rows(row, split_direction(hidden[chose_parent], row, generator), config.split_separation)
+        values["weight"][[parent, child]] = rows.to(values["weight"])
+        active = self.layer.active.clone()
+        active[child] = True
+        values |= router.split(
+            values,
+            SplitExpert(parent=parent, child=child, active=active, hidden=hidden, chose_parent=chose_parent),
+        )
+        for name, value in values.items():
+            value = value.contiguous()
+            take_from_first_rank(value)
+            if name in states:
+                self._write_halves(self.router_params[name], states[name] | {WEIGHT: value}, parent, child)
+            else:
+                router.get_buffer(name).copy_(value)
+
+    def _write_halves(self, param: nn.Parameter, state: State, parent: int, child: int) -> None:
+        """Write all rows of a router's parameter; those of parent and child with fresh moments."""
+        for key, rows in state.items():
+            if key == SECOND_MOMENT:
+                rows[child] = rows[parent]
+            elif key != WEIGHT:
+                rows[[parent, child]] = 0.0
+        self.masters.write(param, 0, self.layer.num_slots, state)
+
+    def _reset_units(self, expert: Mapping[str, State], expert_id: int, share: float) -> None:
+        """Let a share of an expert's hidden units start anew, without a first moment and with a mean second moment."""
+        experts = self.layer.experts
+        num_units = round(share * experts.ffn_hidden_size)
+        if num_units == 0:
+            return
+        generator = seeded_generator(self.layer.seed, expert_id, "reset")
+        units = torch.randperm(experts.ffn_hidden_size, generator=generator)[:num_units].to(self.layer.active.device)
+        for name, dim in experts.unit_dims.items():
+            state = expert[name]
+            for key, value in state.items():
+                if key == WEIGHT:
+                    state[key] = redrawn(value, units, dim, generator)
+                else:
+                    mean = value.mean(dim, keepdim=True) if key == SECOND_MOMENT else torch.zeros_like(value)
+                    state[key] = value.index_copy(dim, units, mean.expand_as(value).index_select(dim, units))
 
     def move(self, item: Move) -> None:
         """Carry an expert with its moments to another slot, on whatever rank."""

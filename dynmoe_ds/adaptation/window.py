@@ -7,7 +7,7 @@ from dynmoe_ds.routing import RoutingRecords
 
 
 class RecordingWindow:
-    """Sums the records of the last `window_steps` of every `every_steps` optimiser steps. Steps count from 1."""
+    """Sums the records of the `window_steps` optimiser steps before every adaptation. Steps count from 1."""
 
     def __init__(self, config: AdaptationConfig) -> None:
         self._config = config
@@ -15,13 +15,22 @@ class RecordingWindow:
 
     def add(self, step: int, records: dict[str, RoutingRecords]) -> None:
         """Count the records of optimiser step `step` if it lies in a window."""
-        every, window = self._config.every_steps, self._config.window_steps
-        if (step - 1) % every >= every - window:
+        if self.covers(step):
             self._sum = add_records(self._sum, records)
+
+    def covers(self, step: int) -> bool:
+        """Whether optimiser step `step` lies in a window."""
+        return self.end(step) - step < self._config.window_steps
+
+    def end(self, step: int) -> int:
+        """The first step from `step` on that an adaptation follows."""
+        every = self._config.every_steps
+        first = every if self._config.first_step is None else self._config.first_step
+        return first + max(-(-(step - first) // every), 0) * every
 
     def is_due(self, step: int) -> bool:
         """Whether an adaptation follows optimiser step `step`."""
-        return step % self._config.every_steps == 0
+        return self.end(step) == step
 
     def take(self) -> dict[str, RoutingRecords]:
         """The window's sums of this rank by layer; empties the window."""

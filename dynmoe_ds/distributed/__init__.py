@@ -1,6 +1,6 @@
 """Layout arithmetic, process groups and collectives."""
 
-from dynmoe_ds.distributed.agreement import assert_same_on_all_ranks, raise_together
+from dynmoe_ds.distributed.agreement import assert_same_on_all_ranks, raise_together, take_from_first_rank
 from dynmoe_ds.distributed.all_to_all import exchange, exchange_counts
 from dynmoe_ds.distributed.groups import expert_parallel_group
 from dynmoe_ds.distributed.layout import Layout, current_layout, ep_size_fault
@@ -14,4 +14,5 @@ __all__ = [
     "exchange_counts",
     "expert_parallel_group",
     "raise_together",
+    "take_from_first_rank",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dynmoe_ds.errors import DivergenceError
 
@@ -47,6 +48,15 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         raise error
     if failures:
         raise DivergenceError("Another rank failed, so this one stops too. " + "; ".join(failures))
+
+
+def take_from_first_rank(tensor: Tensor) -> None:
+    """Overwrite `tensor` by rank 0's, for values that all ranks compute alike but for their hardware's last bit.
+
+    Collective: every rank, with tensors of one shape and dtype; without torch.distributed it does nothing.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
 
 
 def _differences(everyone: list[dict[str, str]]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ from dynmoe_ds.errors import ConfigError
 
 
 class Experts(nn.Module, ABC):
-    """Base of all kinds of experts. Every parameter is [s, ...], s slots on this rank; free slots hold zeros."""
+    """Base of all kinds of experts. Every parameter is [s, ...], s slots on this rank; free slots hold zeros.
 
+    unit_dims: which dimension of a parameter counts the F hidden units, for those parameters that have them.
+    """
+
+    unit_dims: ClassVar[Mapping[str, int]]
     hidden_size: int
     ffn_hidden_size: int
 

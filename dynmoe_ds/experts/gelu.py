@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,8 @@ from dynmoe_ds.experts.grouped_linear import grouped_linear
 
 class GELUExperts(Experts):
     """w1 [s, F, D], b1 [s, F], w2 [s, D, F], b2 [s, D]; the exact GELU (erf)."""
+
+    unit_dims: ClassVar[Mapping[str, int]] = {"w1": 1, "b1": 1, "w2": 2}
 
     def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from dynmoe_ds.experts.host_memory import keep_large_blocks
 
 class SwiGLUExperts(Experts):
     """w1 [s, F, D] (gate), w3 [s, F, D] (up), w2 [s, D, F] (down)."""
+
+    unit_dims: ClassVar[Mapping[str, int]] = {"w1": 1, "w3": 1, "w2": 2}
 
     def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()

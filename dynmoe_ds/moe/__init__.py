@@ -1,8 +1,22 @@
 """The layer, the ledger of a step, and which slot holds which expert."""
 
+from dynmoe_ds.moe.labels import labelled
 from dynmoe_ds.moe.layer import MoELayer, layer_faults
 from dynmoe_ds.moe.ledger import StepLedger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
+from dynmoe_ds.moe.seeds import layer_seed
+from dynmoe_ds.moe.token_sampler import TokenSampler
+from dynmoe_ds.moe.upcycle import upcycle
 
-__all__ = ["MoELayer", "PaddingMask", "Placement", "StepLedger", "layer_faults"]
+__all__ = [
+    "MoELayer",
+    "PaddingMask",
+    "Placement",
+    "StepLedger",
+    "TokenSampler",
+    "labelled",
+    "layer_faults",
+    "layer_seed",
+    "upcycle",
+]

@@ -111,14 +111,18 @@ class MoELayer(nn.Module):
         if real is not None:
             hidden = torch.where(real[:, None], hidden, 0.0)  # padding may hold anything, and 0 x NaN is NaN
         routing = self.router(hidden, self.active, real)
-        if ledger := recording_ledger(self):
-            ledger.add(self, routing, hidden, real)
+        ledger = recording_ledger(self)
+        if ledger is not None:
+            ledger.add(self, routing, hidden, real, tuple(x.shape[:-1]))
         dtype = next(self.experts.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
             y = self._run_experts(hidden.to(dtype), routing)
             if routing.passed_through is not None:
                 y = y + (routing.passed_through[:, None] * hidden).to(y.dtype)
-        return y.to(x.dtype).view(x.shape)
+        y = y.to(x.dtype).view(x.shape)
+        if ledger is not None:
+            ledger.watch(self, routing, y)
+        return y
 
     def extra_repr(self) -> str:
         return (

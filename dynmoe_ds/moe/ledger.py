@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar, Token
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,16 @@ import torch
 from torch import Tensor
 
 from dynmoe_ds.errors import RoutingError
+from dynmoe_ds.moe.labels import counted_part, current_labels
 from dynmoe_ds.routing import Routing, RoutingRecords
+from dynmoe_ds.routing.token_kinds import count_kinds
 
 if TYPE_CHECKING:
     from dynmoe_ds.moe.layer import MoELayer
+    from dynmoe_ds.moe.token_sampler import TokenSampler
+
+STRAIN = "strain"
+"""The name of the strain among the statistics of `RoutingRecords`."""
 
 _current: ContextVar[StepLedger | None] = ContextVar("dynmoe_ds_step_ledger", default=None)
 
@@ -28,9 +35,30 @@ class StepLedger:
 
     Evaluation, padding tokens and the recomputation of activation checkpointing are not counted. Several forward
     passes add up. `dm.initialize` does all this by itself.
+
+    with_strain: whether the records hold `statistics["strain"]` [S] once the backward pass is done: the sum over a
+    slot's tokens of combine weight x ‖dL/dy‖, y being the layer's output. It says at which expert the loss pulls most,
+    up to a factor common to all. sampler: where to keep a sample of the tokens; None keeps none.
+
+    evaluation: whether layers in evaluation mode are recorded too; their auxiliary losses never are. num_kinds: how
+    many kinds of tokens there are; above 0 the records count tokens and experts per kind (`mean_k_per_kind`).
+    token_kinds: the kind of each token, int64 of the tokens' shape [B, L], from 0 to num_kinds - 1, negative for none;
+    the labels of a forward pass by itself (`labelled`, an engine) come first.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        with_strain: bool = False,
+        sampler: TokenSampler | None = None,
+        evaluation: bool = False,
+        token_kinds: Tensor | None = None,
+        num_kinds: int = 0,
+    ) -> None:
+        self._with_strain, self._sampler = with_strain, sampler
+        self.evaluation = evaluation
+        self._token_kinds, self._num_kinds = token_kinds, num_kinds
+        self._strain: dict[MoELayer, Tensor] = {}
         self._losses: list[Tensor] = []
         self._records: dict[MoELayer, RoutingRecords] = {}
         self._tokens: list[Token[StepLedger | None]] = []
@@ -48,25 +76,58 @@ class StepLedger:
 
     def records(self) -> dict[str, RoutingRecords]:
         """Records of this rank by layer name; layers without a name are `layer_0`, `layer_1`, … in order of use."""
-        return {layer.name or f"layer_{i}": record for i, (layer, record) in enumerate(self._records.items())}
+        found = {}
+        for i, (layer, record) in enumerate(self._records.items()):
+            if layer in self._strain:
+                record = replace(record, statistics=record.statistics | {STRAIN: self._strain[layer].clone()})
+            found[layer.name or f"layer_{i}"] = record
+        return found
 
-    def add(self, layer: MoELayer, routing: Routing, hidden: Tensor, real: Tensor | None) -> None:
-        """Note one routing of `layer` over hidden [T, D]; `real` [T] bool is False for padding."""
+    def add(
+        self, layer: MoELayer, routing: Routing, hidden: Tensor, real: Tensor | None, shape: tuple[int, ...]
+    ) -> None:
+        """Note one routing of `layer` over hidden [T, D]; `real` [T] bool is False for padding.
+
+        shape: that of the tokens before they were flattened to [T].
+        """
         weights = layer.router.aux_loss_weights()
         terms = [weights[name] * value for name, value in routing.aux_losses.items()]
-        if terms:
+        if terms and layer.training:
             self._losses.append(torch.stack(terms).sum())
+        labels = current_labels()
+        if labels.is_counted is not None:
+            routing, real = counted_part(routing, real, labels.is_counted)
+        kinds = self._token_kinds if labels.kinds is None else labels.kinds
         record = RoutingRecords.of(routing, hidden.detach(), real)
+        record = replace(
+            record, statistics=record.statistics | count_kinds(routing.mask, real, kinds, self._num_kinds, shape)
+        )
         self._records[layer] = self._records[layer] + record if layer in self._records else record
+        if self._sampler is not None:
+            self._sampler.add(layer, hidden, routing.mask, real)
+
+    def watch(self, layer: MoELayer, routing: Routing, y: Tensor) -> None:
+        """Note the strain of a routing of `layer` when the gradient of its output y [..., D] is there."""
+        if not self._with_strain:
+            return
+        weights = routing.weights.detach()
+        strain = self._strain.setdefault(layer, weights.new_zeros(weights.shape[1], dtype=torch.float64))
+
+        def note(grad: Tensor) -> None:
+            rows = grad.detach().reshape(-1, layer.hidden_size)
+            strain.add_(torch.linalg.vector_norm(rows, dim=1, dtype=weights.dtype) @ weights)
+
+        if y.requires_grad:
+            y.register_hook(note)
 
 
 def recording_ledger(layer: MoELayer) -> StepLedger | None:
-    """The ledger that this call of `layer` must be noted in; None in evaluation and in recomputation.
+    """The ledger that this call of `layer` must be noted in; None in recomputation and, mostly, in evaluation.
 
     Raises: RoutingError inside a reentrant activation checkpoint, whose first pass has no graph for the losses.
     """
     ledger = _current.get()
-    if ledger is None or not layer.training or in_backward():
+    if ledger is None or not (layer.training or ledger.evaluation) or in_backward():
         return None
     if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
         raise RoutingError(

@@ -22,13 +22,16 @@ class PaddingMask:
     An MLP inside a Hugging Face decoder is called with hidden states alone, so the mask is taken where it enters the
     model. It stays until the next forward pass, because activation checkpointing recomputes after the model has
     returned, and recomputation must see the same padding.
+
+    Only a mask with a column per token says which tokens are padding. Any other form, such as [B, 1, L, L], may as well
+    hide tokens from one another (packed documents): it counts as no padding, which is said once in the log.
     """
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._is_waiting = False  # a forward pass of training waits for its backward pass
         self._is_ambiguous = False  # and another forward pass with another mask came after it
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def watch(self, model: nn.Module) -> RemovableHandle:
         """Take the mask from every call of `model`, until the handle is removed."""
@@ -55,23 +58,33 @@ class PaddingMask:
             return None
         rows, columns = self._mask.shape
         if len(shape) != 2 or shape[0] != rows or not 0 < shape[1] <= columns:
-            if not self._has_warned:
-                _log.warning(
-                    "The model got an attention_mask of shape %s but a MoELayer sees tokens of shape %s: padding is "
-                    "routed there like real tokens. Pass token_mask to the layer.",
-                    tuple(self._mask.shape),
-                    shape,
-                )
-                self._has_warned = True
+            self._warn_once(
+                f"The model got an attention_mask of shape {tuple(self._mask.shape)} but a MoELayer sees tokens of "
+                f"shape {shape}: padding is routed there like real tokens. Pass token_mask to the layer.",
+                kind="shape of the hidden states",
+            )
             return None
         return self._mask[:, columns - shape[1] :].bool()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = _argument("attention_mask", model, args, kwargs)
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            form = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+            self._warn_once(
+                f"The model got an attention_mask of {form}, which does not say which tokens are padding: all are "
+                "routed and counted as real. If there is padding, pass a mask of shape [B, L], or token_mask to the "
+                "layer.",
+                kind="form of the mask",
+            )
+            mask = None
         self._is_ambiguous = self._is_ambiguous or (self._is_waiting and mask is not self._mask)
         self._is_waiting = self._is_waiting or (model.training and torch.is_grad_enabled())
         self._mask = mask
+
+    def _warn_once(self, message: str, *, kind: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _log.warning(message)
 
 
 def _argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

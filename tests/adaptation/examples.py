@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dynmoe_ds.moe import Placement
+from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords
 
 
@@ -16,6 +17,7 @@ def records(
     num_tokens: int = 100,
     num_unrouted: int = 0,
     unrouted_sum: Sequence[float] = (0, 0),
+    strain: Sequence[float] | None = None,
 ) -> RoutingRecords:
     """Records of one layer with hidden size 2, written out."""
     return RoutingRecords(
@@ -24,6 +26,7 @@ def records(
         num_assignments=torch.tensor(sum(tokens_per_slot)),
         num_unrouted=torch.tensor(num_unrouted),
         unrouted_sum=torch.tensor(unrouted_sum, dtype=torch.float64),
+        statistics={} if strain is None else {STRAIN: torch.tensor(strain, dtype=torch.float64)},
     )
 
 

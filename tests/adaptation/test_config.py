@@ -7,7 +7,8 @@ from dynmoe_ds.errors import ConfigError
 def test_defaults_are_the_paper():
     config = AdaptationConfig(every_steps=6, window_steps=2)
     assert (config.rule, config.min_unrouted_share, config.prune_below_share) == ("paper", 0.0, 0.0)
-    assert (config.new_threshold, config.last_growth_step) == ("zero", None)
+    assert (config.new_threshold, config.last_growth_step, config.first_step) == ("zero", None, None)
+    assert (config.split_separation, config.split_reset_share) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,16 @@ def test_defaults_are_the_paper():
         ({"min_unrouted_share": -0.1}, "adaptation.min_unrouted_share is -0.1 but must be at least 0 and below 1."),
         ({"prune_below_share": 1.5}, "adaptation.prune_below_share is 1.5 but must be at least 0 and below 1."),
         ({"last_growth_step": -1}, "adaptation.last_growth_step is -1 but must not be negative."),
+        (
+            {"first_step": 1},
+            "adaptation.first_step is 1 but must be at least adaptation.window_steps (2), which are the steps before "
+            "it.",
+        ),
+        ({"split_separation": -0.1}, "adaptation.split_separation is -0.1 but must be finite, at least 0."),
+        ({"split_separation": float("inf")}, "adaptation.split_separation is inf but must be finite, at least 0."),
+        ({"split_reset_share": 1.5}, "adaptation.split_reset_share is 1.5 but must be between 0 and 1."),
+        ({"split_reset_share": -0.5}, "adaptation.split_reset_share is -0.5 but must be between 0 and 1."),
+        ({"split_above_load": 0.0}, "adaptation.split_above_load is 0.0 but must be above 0."),
     ],
 )
 def test_values_that_cannot_work(values, message):

@@ -1,16 +1,26 @@
 import pytest
 import torch
 
-from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, Grow, Prune
+from dynmoe_ds.adaptation import (
+    AdaptationConfig,
+    AdaptationController,
+    Decision,
+    Grow,
+    Prune,
+    Split,
+    register_rule,
+    rules,
+)
 from dynmoe_ds.adaptation.controller import nearest_expert
-from dynmoe_ds.errors import PlacementError
+from dynmoe_ds.errors import PlacementError, RoutingError
 from dynmoe_ds.routing.records import pack
 from tests.adaptation.examples import placement, records
 
 
-def decide(record, pool, *, step: int = 0, **options):
+def decide(record, pool, *, step: int = 0, min_experts: int | None = None, **options):
     controller = AdaptationController(AdaptationConfig(every_steps=1, window_steps=1, **options))
-    plan, full = controller.decide({"a": record}, {"a": pool}, step=step)
+    bound = None if min_experts is None else {"a": min_experts}
+    plan, full = controller.decide({"a": record}, {"a": pool}, step=step, min_experts=bound)
     return list(plan.items), full, plan.apply({"a": pool})["a"]
 
 
@@ -65,6 +75,74 @@ def test_no_growth_after_the_last_growth_step(step, grows):
     assert [type(item) for item in items] == [Prune, Grow][: 1 + grows]
     _, full, _ = decide(records([5, 3], **UNROUTED), placement(0, 1), step=step, last_growth_step=10)
     assert full == ({"a"} if grows else set())  # what nobody wants is not missing
+
+
+@pytest.mark.parametrize(
+    ("min_experts", "pruned"), [(None, [1, 3, 4]), (1, [1, 3, 4]), (3, [1, 4]), (4, [1]), (5, []), (9, [])]
+)
+def test_pruning_leaves_as_many_as_the_router_needs_and_spares_the_busiest(min_experts, pruned):
+    # The mean is 20.2: experts 1, 3 and 4 have less than half of it; 4 and 1 the least, and of equals the older stays.
+    record, pool = records([50, 2, 41, 5, 3]), placement(0, 1, 2, 3, 4, next_id=5)
+    items, _, _ = decide(record, pool, min_experts=min_experts, prune_below_share=0.5)
+    assert items == [Prune(layer="a", expert_id=expert_id) for expert_id in pruned]
+
+
+def split(parent_id: int, expert_id: int, slot: int) -> Split:
+    return Split(layer="a", parent_id=parent_id, expert_id=expert_id, slot=slot)
+
+
+def test_all_split_the_busiest_first_as_long_as_there_are_slots():
+    pool = placement(0, None, 1, None, 2, None, next_id=3, ep_size=2)
+    items, full, after = decide(records([5, 0, 30, 0, 20, 0]), pool, rule="split_all")
+    # Expert 2 is alone on the second rank, which gets the first child. Then both have two, and the first fewer tokens.
+    assert items == [split(1, 3, 3), split(2, 4, 1), split(0, 5, 5)]
+    assert not full and after.expert_ids == (0, 4, 1, 3, 2, 5)
+    items, full, _ = decide(records([5, 0, 30, 20]), placement(0, None, 1, 2, next_id=3), rule="split_all")
+    assert items == [split(1, 3, 1)] and full == {"a"}
+    items, full, _ = decide(records([5, 30]), placement(0, 1), rule="split_all")
+    assert items == [] and full == {"a"}
+
+
+def test_children_go_where_the_halved_loads_are_least():
+    # Both ranks have two experts. The first child goes to the second rank (60 < 100); with 30 of the tokens there and
+    # three experts, the second child goes to the first.
+    pool = placement(0, 1, None, 2, 3, None, next_id=4, ep_size=2)
+    assert decide(records([50, 50, 0, 40, 20, 0]), pool, rule="split_all")[0] == [split(0, 4, 5), split(1, 5, 2)]
+
+
+def test_slot_of_a_pruned_expert_takes_a_child():
+    record = records([50, 1, 40], strain=[2.0, 9.0, 3.0])
+    items, full, after = decide(record, placement(0, 1, 2, next_id=3), rule="split_strained", prune_below_share=0.1)
+    assert items == [Prune(layer="a", expert_id=1), split(2, 3, 1)] and not full
+    assert after.expert_ids == (0, 3, 2)
+
+
+@pytest.mark.parametrize("rule", ["split_all", "split_strained", "split_loaded"])
+def test_no_split_after_the_last_growth_step(rule):
+    record, pool = records([50, 1, 40, 0], strain=[3.0, 1.0, 2.0, 0.0]), placement(0, 1, 2, None, next_id=3)
+    options = {"rule": rule, "prune_below_share": 0.1, "last_growth_step": 10}
+    assert [type(item) for item in decide(record, pool, step=10, **options)[0]][:2] == [Prune, Split]
+    assert decide(record, pool, step=11, **options)[:2] == ([Prune(layer="a", expert_id=1)], frozenset())
+
+
+def test_own_rule_may_split_and_add(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+
+    @register_rule("both")
+    def both(record, pool, config):
+        return Decision(split_ids=(1,), new_gate_row=torch.tensor([0.0, 1.0]))
+
+    pool = placement(0, 1, None, None, next_id=2)
+    first, second = decide(records([5, 8, 99, 99]), pool, rule="both", seeding="copy_most_loaded")[0]
+    assert first == split(1, 2, 2)
+    assert (second.expert_id, second.slot, second.parent_id) == (3, 3, 0)  # of 8 tokens each half has 4, expert 0 has 5
+    items, full, _ = decide(records([5, 8, 0]), placement(0, 1, None, next_id=2), rule="both")
+    assert items == [split(1, 2, 2)] and full == {"a"}
+
+
+def test_records_without_strain_are_refused_where_the_rule_needs_it():
+    with pytest.raises(RoutingError, match=r"split_strained, but the records of a hold no strain\. Record with Step"):
+        decide(records([5, 8]), placement(0, 1), rule="split_strained")
 
 
 def test_parents():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dynmoe_ds.adaptation import Move, Plan, Prune, alarms, describe
+from dynmoe_ds.adaptation import Move, Plan, Prune, Split, alarms, describe
 from tests.adaptation.examples import placement, records
 from tests.adaptation.test_plan import grow
 
@@ -43,6 +43,30 @@ def test_event_says_what_was_done():
     assert as_dict["layers"]["full"]["out_of_slots"] is True
     (warning,) = as_dict["warnings"]
     assert warning.startswith("a: 25.0% of the tokens have no open gate.")
+
+
+def test_split_is_a_birth_with_a_parent():
+    before = {"a": placement(0, None, 1, None, ep_size=2, next_id=2)}
+    plan = Plan(items=(
+        Split(layer="a", parent_id=1, expert_id=2, slot=1),
+        Split(layer="a", parent_id=0, expert_id=3, slot=3),
+    ))  # fmt: skip
+    event = describe(
+        plan,
+        step=5,
+        window_steps=1,
+        rule="split_all",
+        records={"a": records([4, 0, 6, 0])},
+        before=before,
+        after=plan.apply(before),
+        full=frozenset(),
+    )
+    layer = event.to_dict()["layers"]["a"]
+    assert layer["grown"] == [
+        {"expert_id": 2, "slot": 1, "rank": 0, "parent_id": 1, "seeding": "split"},
+        {"expert_id": 3, "slot": 3, "rank": 1, "parent_id": 0, "seeding": "split"},
+    ]
+    assert (layer["live_before"], layer["live_after"], layer["tokens_per_expert"]) == (2, 4, {"0": 4, "1": 6})
 
 
 @pytest.mark.parametrize(

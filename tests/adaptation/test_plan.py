@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dynmoe_ds.adaptation import Grow, Move, Plan, Prune
+from dynmoe_ds.adaptation import Grow, Move, Plan, Prune, Split
 from dynmoe_ds.errors import PlacementError
 from tests.adaptation.examples import placement
 
@@ -13,6 +13,10 @@ ROW = torch.tensor([0.6, 0.8], dtype=torch.float64)
 def grow(slot: int = 1, expert_id: int = 10, row: torch.Tensor = ROW, **changes) -> Grow:
     values = {"layer": "a", "expert_id": expert_id, "slot": slot, "gate_row": row, "seeding": "mean", "parent_id": None}
     return Grow(**(values | changes))
+
+
+def split(slot: int = 1, expert_id: int = 10, parent_id: int = 5, layer: str = "a") -> Split:
+    return Split(layer=layer, parent_id=parent_id, expert_id=expert_id, slot=slot)
 
 
 def test_items_are_applied_in_order():
@@ -40,8 +44,22 @@ def test_items_are_applied_in_order():
         (grow(slot=1), grow(slot=1, expert_id=11)),
         (Move(layer="a", expert_id=5, to_slot=2),),
         (Move(layer="a", expert_id=5, to_slot=3),),
+        (split(slot=0),),
+        (split(parent_id=9),),
+        (Prune(layer="a", expert_id=5), split()),
     ],
-    ids=["not live", "pruned twice", "last expert", "taken", "taken by the plan", "onto an expert", "no such slot"],
+    ids=[
+        "not live",
+        "pruned twice",
+        "last expert",
+        "taken",
+        "taken by the plan",
+        "onto an expert",
+        "no such slot",
+        "split into a taken slot",
+        "split of nobody",
+        "split of a pruned expert",
+    ],
 )
 def test_contradictions_are_refused(items):
     with pytest.raises(PlacementError):
@@ -51,6 +69,23 @@ def test_contradictions_are_refused(items):
 def test_new_expert_must_have_the_next_id():
     with pytest.raises(PlacementError, match="calls a new expert of a 12, but the next id is 10"):
         grow(expert_id=12).apply(placement(5, None))
+    with pytest.raises(PlacementError, match="calls a new expert of a 12, but the next id is 10"):
+        split(expert_id=12).apply(placement(5, None))
+
+
+def test_parent_of_a_split_keeps_its_slot():
+    after = Plan(items=(split(), split(slot=3, expert_id=11))).apply({"a": placement(5, None, 6, None)})
+    assert after["a"].expert_ids == (5, 10, 6, 11) and after["a"].next_id == 12
+
+
+@pytest.mark.parametrize(
+    "other",
+    [split(slot=2), split(expert_id=11), split(parent_id=6), split(layer="b")],
+    ids=["slot", "id", "parent", "layer"],
+)
+def test_different_splits_have_different_fingerprints(other):
+    assert Plan(items=(split(),)).fingerprint() == Plan(items=(split(),)).fingerprint()
+    assert Plan(items=(split(),)).fingerprint() != Plan(items=(other,)).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -64,8 +99,9 @@ def test_new_expert_must_have_the_next_id():
         grow(row=torch.nextafter(ROW, ROW + 1)),
         Prune(layer="a", expert_id=10),
         Move(layer="a", expert_id=10, to_slot=1),
+        split(),
     ],
-    ids=["slot", "id", "seeding", "parent", "layer", "last bit of the gate row", "prune", "move"],
+    ids=["slot", "id", "seeding", "parent", "layer", "last bit of the gate row", "prune", "move", "split"],
 )
 def test_different_plans_have_different_fingerprints(other):
     assert Plan(items=(grow(),)).fingerprint() == Plan(items=(grow(row=ROW.clone()),)).fingerprint()

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, Decision, register_rule, rules
+from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, Decision, register_rule, rule_fault, rules
 from dynmoe_ds.adaptation.rules import paper_rule, tokens_per_expert
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.routing import RouterConfig, TopAnyConfig
 from tests.adaptation.examples import placement, records
 
 POOL = placement(4, None, 7, 2)  # expert 4 in slot 0, 7 in slot 2, 2 in slot 3
@@ -85,6 +86,54 @@ def test_own_rule(monkeypatch):
     controller = AdaptationController(AdaptationConfig(every_steps=1, window_steps=1, rule="prune the oldest"))
     plan, _ = controller.decide({"a": records([1, 1, 1, 1])}, {"a": POOL})
     assert [item.expert_id for item in plan.items] == [2]
+
+
+class _Router(RouterConfig):
+    """A configuration whose tokens always have an expert, as a base of the ones below."""
+
+    def faults(self):
+        return []
+
+    def aux_loss_weights(self):
+        return {}
+
+
+class EveryTokenServed(_Router):
+    pass
+
+
+class EqualLoads(_Router):
+    may_leave_unrouted = True
+    has_equal_loads = True
+
+
+@pytest.mark.parametrize("rule", ["paper", "split_all", "split_strained", "split_loaded"])
+@pytest.mark.parametrize("router", [TopAnyConfig(), EveryTokenServed(), EqualLoads()], ids=lambda r: type(r).__name__)
+def test_a_rule_that_makes_no_sense_for_a_router_is_refused(rule, router):
+    fault = rule_fault(AdaptationConfig(every_steps=1, window_steps=1, rule=rule), router)
+    if (rule, type(router)) == ("paper", EveryTokenServed):
+        assert fault is not None and fault.startswith(
+            "adaptation.rule is paper, which adds an expert when tokens choose none, but with EveryTokenServed every "
+            "token has an expert. Use adaptation.rule="
+        )
+        options = fault.partition("adaptation.rule=")[2]
+        assert "split_all" in options and "split_loaded" in options and "paper" not in options
+        assert fault.endswith("or adaptation.last_growth_step=0 to prune only.")
+    elif (rule, type(router)) == ("split_loaded", EqualLoads):
+        assert fault is not None and fault.startswith(
+            "adaptation.rule is split_loaded, which goes by differences of load, but with EqualLoads all experts have "
+            "the same load. Use adaptation.rule="
+        )
+        assert "split_loaded" not in fault.partition("adaptation.rule=")[2]
+    else:
+        assert fault is None
+    pruning = AdaptationConfig(every_steps=1, window_steps=1, rule=rule, last_growth_step=0)
+    assert rule_fault(pruning, router) is None
+
+
+def test_unknown_rule_is_a_fault():
+    fault = rule_fault(AdaptationConfig(every_steps=1, window_steps=1, rule="pepper"), TopAnyConfig())
+    assert fault is not None and fault.startswith("adaptation.rule is 'pepper'. Use one of ")
 
 
 def test_taken_name_is_refused():

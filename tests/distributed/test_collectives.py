@@ -11,6 +11,7 @@ from dynmoe_ds.distributed import (
     exchange_counts,
     expert_parallel_group,
     raise_together,
+    take_from_first_rank,
 )
 from dynmoe_ds.errors import ConfigError
 from tests.helpers.spawn import run_ranks
@@ -22,6 +23,9 @@ def test_one_rank_always_agrees():
     raise_together(None)
     with pytest.raises(ConfigError, match="mine"):
         raise_together(ConfigError("mine"))
+    value = torch.tensor([1.0, 2.0])
+    take_from_first_rank(value)
+    assert value.tolist() == [1.0, 2.0]
 
 
 def _message(function, *args, **kwargs) -> str:
@@ -127,6 +131,10 @@ def _exchange(rank: int, world_size: int) -> None:
 def _groups_and_exchange(rank: int, world_size: int) -> None:
     _groups(rank, world_size)
     _exchange(rank, world_size)
+    for dtype in (torch.float64, torch.bool):
+        value = torch.tensor([[rank == 0], [rank == 2]], dtype=dtype)
+        take_from_first_rank(value)
+        assert value.flatten().tolist() == [True, False]
 
 
 def test_groups_and_exchange():

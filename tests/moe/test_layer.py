@@ -9,11 +9,12 @@ import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError, PlacementError, RoutingError
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.moe import layer as module
+from dynmoe_ds.routing import BudgetConfig
 from tests.helpers.reference import LOSSES, assert_near, expected, parameters, randomise
 
 D, F, SLOTS, EXPERTS = 6, 5, 7, 4  # odd sizes: the loop over experts; 3 free slots
 ALL_LOSSES = {f"{name}_weight": 0.1 * i for i, name in enumerate(LOSSES, 1)}
-PRESETS = ("top_any", "top_any_recommended", "top_any_authors_code")
+PRESETS = ("top_any", "top_any_recommended", "top_any_authors_code", "top_any_budget")
 
 
 def make_layer(*, dtype=torch.float64, hidden=D, ffn=F, slots=SLOTS, experts=EXPERTS, **kwargs) -> dm.MoELayer:
@@ -30,8 +31,17 @@ def check(layer: dm.MoELayer, x: Tensor, real: Tensor | None = None) -> None:
     """The layer against the reference: output, routing, losses, records and every gradient."""
     live = layer.active.nonzero().flatten().tolist()
     loss_weight = tokens(len(x), x.shape[1], seed=2)
+    budget = layer.router.budget
     want = expected(
-        x, parameters(layer), live, layer.router.config, training=layer.training, real=real, loss_weight=loss_weight
+        x,
+        parameters(layer),
+        live,
+        layer.router.config,
+        training=layer.training,
+        real=real,
+        loss_weight=loss_weight,
+        control=0.0 if budget is None else float(budget.control),
+        bias=getattr(layer.router, "selection_bias", None),
     )
     rows_per_slot, routings = [], []
     hooks = [
@@ -167,6 +177,60 @@ def test_presets_in_special_cases(scenario, preset, training):
     with torch.no_grad():
         x, real = scenario(layer, tokens(13))
     check(layer, x, real)
+
+
+def set_controllers(layer: dm.MoELayer, control: float) -> None:
+    """What training would bring a budget and a balancing bias to; poison in the bias of free slots."""
+    router = layer.router
+    if router.budget is not None:
+        router.budget.control.fill_(control)
+    if layer.router.config.bias_update_speed > 0:
+        bias = 0.2 * torch.randn(layer.num_slots, generator=torch.Generator().manual_seed(5))
+        router.selection_bias.copy_(torch.where(layer.active, bias, 9.0))
+
+
+BOUNDED = {
+    "k_max": {"k_max": 2},
+    "budget": {"budget": BudgetConfig(target_k=1.5)},
+    "bias": {"bias_update_speed": 0.1},
+    "all": {"k_max": 2, "budget": BudgetConfig(target_k=1.5), "bias_update_speed": 0.1},
+    "more than there are": {"k_max": SLOTS + 1, "budget": BudgetConfig(target_k=SLOTS + 1)},
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("straight_through", "fallback"), [("active_only", "none"), ("all_live", "top_1")])
+@pytest.mark.parametrize("bounds", BOUNDED)
+def test_bounded_layer_equals_the_formulas(bounds, fallback, straight_through, training):
+    config = dm.TopAnyConfig(
+        temperature=3.0,
+        weighting="softmax",
+        straight_through=straight_through,
+        training_fallback=fallback,
+        **ALL_LOSSES,
+        **BOUNDED[bounds],
+    )
+    layer = make_layer(router=config).train(training)
+    x, seen = tokens(15), []
+    layer.router.register_forward_hook(lambda _, args, routing: seen.append(routing))
+    for control in (-0.3, 0.3):  # nearly all gates open; many tokens without any
+        set_controllers(layer, control)
+        layer.zero_grad()
+        check(layer, *padding(layer, x))
+    most = max(int(routing.mask.sum(1).max()) for routing in seen)
+    assert most == 2 if bounds in ("k_max", "all") else most > 2, "the bound is never met: this test could not tell"
+    assert bounds not in ("budget", "all") or any(routing.unrouted.any() for routing in seen), "no fallback to try"
+
+
+def test_of_the_open_gates_those_with_the_greatest_margins_stay():
+    full, bound = (make_layer(router=dm.TopAnyConfig(k_max=k_max)) for k_max in (None, 2))
+    with torch.no_grad():
+        for layer in (full, bound):
+            layer.router.threshold -= 0.3
+    x = tokens(40)
+    every, best = (layer.router(x, layer.active, None).mask for layer in (full, bound))
+    assert int((every.sum(1) > 2).sum()) > 10, "the bound has nothing to do"
+    assert torch.equal(best.sum(1), every.sum(1).clamp(max=2)) and not (best & ~every).any()
 
 
 @pytest.mark.parametrize("expert", ["swiglu", "gelu"])

@@ -6,7 +6,9 @@ from torch.utils.checkpoint import checkpoint
 import dynmoe_ds as dm
 from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
 from dynmoe_ds.errors import RoutingError
+from dynmoe_ds.moe import labelled
 from dynmoe_ds.routing.records import pack
+from dynmoe_ds.routing.token_kinds import mean_k_per_kind
 from tests.helpers.reference import assert_near, randomise
 
 D = 8
@@ -135,3 +137,94 @@ def test_router_without_losses_gives_zero():
     with dm.StepLedger() as ledger:
         layer(tokens())
     assert float(ledger.aux_loss()) == 0.0 and len(ledger.records()) == 1
+
+
+def kinds(num_tokens: int = 20) -> Tensor:
+    return torch.arange(num_tokens) % 3 - 1
+
+
+def mean_k_by_loop(masks: list[Tensor], labels: list[Tensor], kind: int) -> float:
+    chosen = [
+        int(mask[t].sum())
+        for mask, kinds in zip(masks, labels, strict=True)
+        for t in range(len(mask))
+        if kinds[t] == kind
+    ]
+    return sum(chosen) / len(chosen)
+
+
+def test_evaluation_is_recorded_where_it_is_asked_for():
+    layer = make().eval()
+    calls = Calls(layer)
+    with dm.StepLedger(evaluation=True, token_kinds=kinds(), num_kinds=2) as ledger, torch.no_grad():
+        layer(tokens())
+        layer(tokens())
+    record = ledger.records()["layer_0"]
+    assert int(record.num_tokens) == 40
+    assert torch.equal(record.tokens_per_slot, sum(mask.sum(0) for mask in calls.masks))
+    assert mean_k_per_kind(record) == [mean_k_by_loop(calls.masks, [kinds()] * 2, kind) for kind in (0, 1)]
+    assert float(ledger.aux_loss()) == 0.0
+
+
+def test_labels_of_a_forward_pass_come_before_those_of_the_ledger():
+    layer = make()
+    calls = Calls(layer)
+    with dm.StepLedger(token_kinds=kinds(), num_kinds=2) as ledger:
+        layer(tokens())
+        with labelled(kinds=torch.zeros(20, dtype=torch.int64)):
+            layer(tokens())
+        layer(tokens())
+    (record,) = ledger.records().values()
+    labels = [kinds(), torch.zeros(20), kinds()]
+    assert mean_k_per_kind(record) == [mean_k_by_loop(calls.masks, labels, kind) for kind in (0, 1)]
+
+
+@pytest.mark.parametrize("recompute", [torch_checkpoint, non_reentrant_checkpoint], ids=["torch", "deepspeed"])
+def test_recomputation_counts_in_no_kind(recompute):
+    layer = make()
+    calls = Calls(layer)
+    with dm.StepLedger(evaluation=True, token_kinds=kinds(), num_kinds=2) as ledger:
+        recompute(layer, tokens().requires_grad_()).sum().backward()
+    assert len(calls.masks) == 2
+    (record,) = ledger.records().values()
+    assert record.statistics["tokens_per_kind"].tolist() == [7.0, 6.0]
+
+
+def test_padding_is_of_no_kind_and_shapes_are_those_of_the_batch():
+    layer = make()
+    real = torch.arange(20).view(4, 5) % 5 < 3
+    labels = kinds().view(4, 5)
+    with dm.StepLedger(token_kinds=labels, num_kinds=2) as ledger:
+        layer(tokens().view(4, 5, D), token_mask=real)
+        layer(tokens())  # flattened
+    (record,) = ledger.records().values()
+    expected = [int(((labels == kind) & real).sum()) + int((labels == kind).sum()) for kind in (0, 1)]
+    assert record.statistics["tokens_per_kind"].tolist() == expected
+    with dm.StepLedger(token_kinds=labels.T, num_kinds=2) as ledger:
+        layer(tokens().view(4, 5, D))
+    with pytest.raises(RoutingError, match="had another shape than the tokens in 1 forward passes"):
+        mean_k_per_kind(ledger.records()["layer_0"])
+
+
+def test_sequences_that_do_not_count_are_left_out_of_everything_but_the_output():
+    layer = make("top_any").eval()
+    with torch.no_grad():
+        layer.router.threshold.add_(0.3)  # so that some tokens choose nobody
+    x, labels, counts = tokens().view(4, 5, D), kinds().view(4, 5), torch.tensor([True, False, True, False])
+    real = torch.arange(20).view(4, 5) % 5 < 3
+    with dm.StepLedger(evaluation=True, token_kinds=labels, num_kinds=2) as ledger, labelled(is_counted=counts):
+        y = layer(x)
+        layer(x, token_mask=real)
+    with dm.StepLedger(evaluation=True, token_kinds=labels[counts], num_kinds=2) as expected:
+        layer(x[counts])
+        layer(x[counts], token_mask=real[counts])
+    got, want = (ledger.records()["layer_0"] for ledger in (ledger, expected))
+    assert_near(pack({"a": got}), pack({"a": want}))
+    assert int(got.num_tokens) == 2 * 5 + 2 * 3 and int(got.num_unrouted) > 0
+    assert torch.equal(y, layer(x))
+
+
+def test_sequences_that_cannot_be_those_of_the_tokens_are_refused():
+    refused = pytest.raises(RoutingError, match="is_counted has 3 sequences, but a layer sees 20 tokens")
+    with refused, dm.StepLedger(), labelled(is_counted=torch.ones(3, dtype=torch.bool)):
+        make()(tokens())

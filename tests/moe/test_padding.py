@@ -143,3 +143,31 @@ def test_mask_of_another_shape_is_reported_once(caplog):
     start = "The model got an attention_mask of shape (3, 5) but a MoELayer sees tokens of shape (15,)"
     assert message.startswith(start)
     assert message.endswith("Pass token_mask to the layer.")
+
+
+@pytest.mark.parametrize(
+    ("mask", "form"),
+    [
+        (torch.ones(B, 1, L, L), "shape (3, 1, 5, 5)"),
+        ({"full_attention": MASK}, "type dict"),
+    ],
+    ids=["4-dimensional", "one per kind of attention"],
+)
+def test_mask_that_does_not_tell_padding_is_no_padding_and_said_once(mask, form, caplog):
+    model = Decoder()
+    with caplog.at_level(logging.WARNING), dm.StepLedger() as ledger:
+        for _ in range(2):
+            assert torch.equal(model(hidden(), attention_mask=mask), Decoder()(hidden()))
+    assert int(ledger.records()["layer_0"].num_tokens) == 2 * B * L
+    assert caplog.messages == [
+        f"The model got an attention_mask of {form}, which does not say which tokens are padding: all are routed and "
+        "counted as real. If there is padding, pass a mask of shape [B, L], or token_mask to the layer."
+    ]
+
+
+def test_no_mask_and_a_fitting_one_are_not_worth_a_word(caplog):
+    model = Decoder()
+    with caplog.at_level(logging.WARNING):
+        model(hidden(), attention_mask=MASK)
+        model(hidden())
+    assert caplog.messages == []

@@ -1,0 +1,284 @@
+"""Upcycling: feed-forward networks of a dense model become MoELayers whose experts are copies of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe_ds.distributed import current_layout
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.experts import build_experts, seeded_generator
+from dynmoe_ds.moe.layer import MoELayer, layer_faults
+from dynmoe_ds.moe.seeds import layer_seed
+from dynmoe_ds.routing import RouterConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+NAMED_LAYERS = ("all", "even", "odd")
+
+
+def upcycle(
+    model: M,
+    layers: str | Sequence[int] = "even",
+    num_experts: int = 4,
+    num_slots: int = 8,
+    router: str | RouterConfig = "top_any",
+    ep_size: int = 1,
+    seed: int | None = None,
+    noise: float = 0.0,
+) -> M:
+    """`model` itself, with the FFNs of some layers replaced by MoELayers whose experts are copies of the FFN.
+
+        model = dm.upcycle(model, layers=[-2, -1], num_experts=4, num_slots=8)
+
+    Without noise, and with routing weights that sum to 1 for every token, the model computes what it computed before.
+    It takes FFNs of Llama's form (`gate_proj`, `up_proj`, `down_proj`), of ViT's (`fc1`, `fc2`) and of BERT's
+    (`intermediate.dense`, `output.dense`, whose dropout, residual and norm stay); each is compared with an expert on
+    random input before anything is changed. Weights, biases, dtype, device and `requires_grad` are kept.
+
+    layers: `even` (0, 2, 4, ...), `odd`, `all`, or indices; layers count from 0, and negative indices from the end.
+    num_experts, num_slots, router, ep_size: as in `MoELayer`. seed: gate rows and noise are a function of it, of the
+    layer and of the expert's id, whatever the layout; None draws one from torch's default generator. noise: standard
+    deviation of the noise on every copy, as a fraction of the standard deviation of the copied tensor.
+
+    Raises: ConfigError for a model without such FFNs or that has MoELayers already, a layer that does not exist, an FFN
+    that computes something else than an expert can, or sizes that cannot work. The model is unchanged then.
+    Source: sparse upcycling, arXiv 2212.05055.
+    """
+    faults = layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size)
+    if noise < 0:
+        faults.append(f"noise is {noise} but must not be negative.")
+    if faults:
+        raise ConfigError(faults)
+    current_layout(ep_size)  # raises if the ranks do not fit
+    found = _find_ffns(model)
+    chosen = [found[index] for index in _indices(layers, sorted(found))]
+    _check_computation(chosen)
+    seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    for ffn in chosen:
+        layer = MoELayer(
+            hidden_size=ffn.hidden_size,
+            ffn_hidden_size=ffn.ffn_hidden_size,
+            num_experts=num_experts,
+            num_slots=num_slots,
+            ep_size=ep_size,
+            router=router,
+            expert=ffn.form.expert,
+            seed=layer_seed(seed, ffn.index),
+        )
+        weight = ffn.linear("1").weight
+        _fill(layer.to(device=weight.device, dtype=weight.dtype), ffn, noise)
+        model.set_submodule(_join(ffn.path, ffn.form.entry), layer.train(model.training))
+        if ffn.form.exit is not None:
+            model.set_submodule(_join(ffn.path, ffn.form.exit), nn.Identity())
+    return model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """How a family of models writes its FFN, in paths below one module of every layer.
+
+    linears: the `nn.Linear` that holds the expert's `w1` and `b1`, and so on, by number. entry: the module whose place
+    the MoELayer takes; it holds nothing but these linears and an activation. exit: the linear behind it, if it lies
+    outside of the entry.
+    """
+
+    expert: str
+    linears: Mapping[str, str]
+    entry: str = ""
+    exit: str | None = None
+
+
+_FORMS = (
+    _Form(expert="swiglu", linears={"1": "gate_proj", "3": "up_proj", "2": "down_proj"}),
+    _Form(expert="gelu", linears={"1": "fc1", "2": "fc2"}),
+    _Form(
+        expert="gelu",
+        linears={"1": "intermediate.dense", "2": "output.dense"},
+        entry="intermediate",
+        exit="output.dense",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FFN:
+    """An FFN of a model: `block` is its module at `path`, in the layer `index`."""
+
+    form: _Form
+    block: nn.Module
+    path: str
+    index: int
+
+    def linear(self, number: str) -> nn.Linear:
+        linear = self.block.get_submodule(self.form.linears[number])
+        assert isinstance(linear, nn.Linear), linear
+        return linear
+
+    @property
+    def hidden_size(self) -> int:
+        return self.linear("1").in_features
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return self.linear("1").out_features
+
+    def modules(self) -> list[nn.Module]:
+        """What is called, one after the other."""
+        names = [self.form.entry] if self.form.exit is None else [self.form.entry, self.form.exit]
+        return [self.block.get_submodule(name) for name in names]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The FFN's parameters under the names that an expert has for them."""
+        found: dict[str, Tensor] = {}
+        for number in self.form.linears:
+            linear = self.linear(number)
+            found[f"w{number}"] = linear.weight
+            if linear.bias is not None:
+                found[f"b{number}"] = linear.bias
+        return found
+
+
+def _find_ffns(model: nn.Module) -> dict[int, _FFN]:
+    """The FFNs of the model by layer.
+
+    Raises: ConfigError if there are none, or in more than one place, or if the model was upcycled before.
+    """
+    if present := [name for name, module in model.named_modules() if isinstance(module, MoELayer)]:
+        raise ConfigError(
+            f"The model has MoELayers already: {', '.join(present)}. Upcycle a dense model, all its layers in one call."
+        )
+    by_place: dict[str, dict[int, _FFN]] = {}
+    for path, block in model.named_modules():
+        form = next((form for form in _FORMS if _has_form(block, form)), None)
+        parts = path.split(".")
+        position = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if form is not None and position is not None:
+            place = ".".join([*parts[:position], "*", *parts[position + 1 :]])
+            index = int(parts[position])
+            by_place.setdefault(place, {})[index] = _FFN(form=form, block=block, path=path, index=index)
+    if not by_place:
+        raise ConfigError(
+            f"{type(model).__name__} has no feed-forward network of a known form in numbered layers. Known are "
+            f"{'; '.join(', '.join(form.linears.values()) for form in _FORMS)}, each an nn.Linear."
+        )
+    if len(by_place) > 1:
+        raise ConfigError(
+            f"{type(model).__name__} has feed-forward networks in several places: {', '.join(by_place)}. Upcycle the "
+            "part of the model that holds one of them, for example upcycle(model.get_submodule('...'))."
+        )
+    return next(iter(by_place.values()))
+
+
+def _has_form(block: nn.Module, form: _Form) -> bool:
+    """Whether the linears are there, and the modules that would go hold no other parameters."""
+    try:
+        linears = [block.get_submodule(path) for path in form.linears.values()]
+        entry = block.get_submodule(form.entry)
+    except AttributeError:
+        return False
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return False
+    known = {id(parameter) for linear in linears for parameter in linear.parameters()}
+    return {id(parameter) for parameter in entry.parameters()} <= known
+
+
+def _indices(layers: str | Sequence[int], present: list[int]) -> list[int]:
+    """The chosen layers in ascending order. Raises: ConfigError for a word or an index that names none."""
+    last = present[-1]
+    if isinstance(layers, str):
+        if layers not in NAMED_LAYERS:
+            raise ConfigError(f"layers is {layers!r}. Use {', '.join(NAMED_LAYERS)} or a list of indices.")
+        chosen = [index for index in present if layers == "all" or index % 2 == (layers == "odd")]
+    else:
+        chosen = [index + last + 1 if index < 0 else index for index in layers]
+        if wrong := [given for given, index in zip(layers, chosen, strict=True) if index not in present]:
+            raise ConfigError(
+                f"layers names {_listed(wrong)}, but the layers with a feed-forward network are {_listed(present)} "
+                f"(or -1 for {last}, and so on)."
+            )
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"layers is {layers!r}, which is {'no layer' if not chosen else 'a layer twice'}.")
+    return sorted(chosen)
+
+
+def _check_computation(ffns: list[_FFN]) -> None:
+    """Raises: ConfigError with every FFN that an expert would change."""
+    if faults := [fault for ffn in ffns for fault in _bias_faults(ffn) or _function_faults(ffn)]:
+        raise ConfigError(faults)
+
+
+def _bias_faults(ffn: _FFN) -> list[str]:
+    """Whether the FFN has biases where experts have none, or the other way round."""
+    wanted = {name for name, _ in build_experts(ffn.form.expert, 1, 1, 1).named_parameters()}
+    given = set(ffn.parameters())
+    found = []
+    for names, verb, advice in ((given - wanted, "has biases", "without"), (wanted - given, "lacks biases", "with")):
+        if names:
+            linears = ", ".join(sorted(ffn.form.linears[name[1:]] for name in names))
+            found.append(
+                f"{ffn.path} {verb} in {linears}, unlike a {ffn.form.expert} expert. Use a model {advice} them."
+            )
+    return found
+
+
+@torch.no_grad()
+def _function_faults(ffn: _FFN) -> list[str]:
+    """Whether an expert with the FFN's weights computes something else, in float64 and in training mode."""
+    if getattr(ffn.block, "chunk_size_feed_forward", 0) > 0:
+        return [f"{ffn.path} feeds tokens in chunks, whose padding is not known. Set chunk_size_feed_forward to 0."]
+    device = ffn.linear("1").weight.device
+    expert = build_experts(ffn.form.expert, 1, ffn.hidden_size, ffn.ffn_hidden_size).to(device, torch.float64)
+    for name, value in ffn.parameters().items():
+        expert.get_parameter(name)[0] = value
+    # From the activation's linear part to values far beyond those that training sees.
+    scales = torch.logspace(-2, 2, 32, dtype=torch.float64)[:, None]
+    x = torch.randn(32, ffn.hidden_size, generator=seeded_generator(ffn.path), dtype=torch.float64) * scales
+    want = x = x.to(device)
+    for module in ffn.modules():
+        want = copy.deepcopy(module).double().train()(want)
+    got = expert(x, x.new_ones(len(x)), torch.tensor([len(x)], device=device))
+    if torch.allclose(got, want, rtol=1e-6, atol=1e-9 * float(want.abs().max())):
+        return []
+    linears = [ffn.linear(number) for number in ffn.form.linears]
+    others = {
+        type(part).__name__: None
+        for module in ffn.modules()
+        for part in module.modules()
+        if part is not module and not any(part is linear for linear in linears)
+    }
+    return [
+        f"{ffn.path} computes something else than a {ffn.form.expert} expert with its weights would; beside its "
+        f"linears it has {', '.join(others) or 'nothing'}. Experts have SiLU (swiglu) or the exact GELU (gelu) and no "
+        "dropout inside."
+    ]
+
+
+@torch.no_grad()
+def _fill(layer: MoELayer, ffn: _FFN, noise: float) -> None:
+    """Give every live expert of this rank the FFN's parameters."""
+    first = layer.local_slots.start
+    for name, source in ffn.parameters().items():
+        target = layer.experts.get_parameter(name)
+        scale = noise * source.std(correction=0)
+        for expert_id, slot in layer.placement.slots_by_id.items():
+            if slot in layer.local_slots:
+                value: Tensor = source
+                if noise > 0:
+                    generator = seeded_generator(layer.seed, expert_id, name, "noise")
+                    value = source + scale * torch.randn(source.shape, generator=generator).to(source)
+                target[slot - first] = value
+        target.requires_grad_(source.requires_grad)
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,365 @@
+"""A dense Hugging Face model and the same model with MoELayers of copies compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import dynmoe_ds as dm
+from dynmoe_ds.errors import ConfigError
+from tests.helpers.models import deepspeed_config
+from tests.helpers.spawn import run_ranks
+
+D, F, LAYERS, B, L = 16, 24, 4, 3, 7
+SIZES = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+# Weights over the open set sum to 1 for every token, also with an open set of one in training.
+AVERAGING = dm.TopAnyConfig(training_fallback="top_1")
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=11, **SIZES, **options))
+
+
+def bert(**options: Any) -> BertForSequenceClassification:
+    return BertForSequenceClassification(BertConfig(vocab_size=11, num_labels=3, **SIZES, **options))
+
+
+def roberta() -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=11, num_labels=3, **SIZES))
+
+
+def vit(**options: Any) -> ViTForImageClassification:
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES, **options))
+
+
+def deit() -> DeiTForImageClassification:
+    return DeiTForImageClassification(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES))
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": llama,
+    "bert": bert,
+    "roberta": roberta,
+    "vit": vit,
+    "deit": deit,
+}
+PATHS = {
+    "llama": "model.layers.{}.mlp",
+    "bert": "bert.encoder.layer.{}.intermediate",
+    "roberta": "roberta.encoder.layer.{}.intermediate",
+    "vit": "vit.layers.{}.mlp",
+    "deit": "deit.layers.{}.mlp",
+}
+
+
+def make(name: str, **options: Any) -> PreTrainedModel:
+    """The model in evaluation mode, with weights large enough for activations to bend."""
+    torch.manual_seed(1)
+    model = MODELS[name](**options).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(5 if param.dim() > 1 else 1).add_(0.1 * torch.randn_like(param))
+    return model
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(B, 3, 8, 8, generator=generator).to(next(model.parameters()))}
+    return {"input_ids": torch.randint(2, 11, (B, L), generator=generator)}
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, dm.MoELayer)]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_upcycled_model_computes_what_the_dense_model_computed(name):
+    dense = make(name)
+    batch = inputs(dense)
+    model = dm.upcycle(deepcopy(dense), layers="all", num_experts=3, num_slots=5, router=AVERAGING, seed=0)
+    assert layer_names(model) == [PATHS[name].format(i) for i in range(LAYERS)]
+    assert not model.training
+    with dm.StepLedger() as ledger:
+        model.train()
+        model(**batch)
+    assert all(1 < record.mean_k < 3 for record in ledger.records().values()), "routing must differ between tokens"
+    want, got = dense(**batch).logits, model.eval()(**batch).logits
+    assert want.std() > 0.1
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_expert_is_a_copy_and_nothing_else_changes(name):
+    dense = make(name)
+    model = dm.upcycle(deepcopy(dense), layers=[1], num_experts=3, num_slots=5, seed=0)
+    (path,) = layer_names(model)
+    layer = model.get_submodule(path)
+    linears = {
+        "llama": {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"},
+        "vit": {"w1": "mlp.fc1", "w2": "mlp.fc2"},
+        "bert": {"w1": "intermediate.dense", "w2": "output.dense"},
+    }[{"roberta": "bert", "deit": "vit"}.get(name, name)]
+    parent = path.rpartition("1.")[0] + "1."
+    copied = {}
+    for weight, linear in linears.items():
+        copied[weight] = dense.get_parameter(f"{parent}{linear}.weight")
+        if name != "llama":
+            copied[weight.replace("w", "b")] = dense.get_parameter(f"{parent}{linear}.bias")
+    assert set(copied) == {key for key, _ in layer.experts.named_parameters()}
+    for key, value in copied.items():
+        stacked = layer.experts.get_parameter(key)
+        assert all(torch.equal(stacked[slot], value) for slot in layer.active.nonzero().flatten()), key
+        assert not stacked[~layer.active].any()
+    gone = {f"{parent}{linear}.{kind}" for linear in linears.values() for kind in ("weight", "bias")}
+    rest = {key: value for key, value in dense.state_dict().items() if key not in gone}
+    kept = {key: value for key, value in model.state_dict().items() if not key.startswith(path)}
+    assert kept.keys() == rest.keys()
+    assert all(torch.equal(kept[key], value) for key, value in rest.items())
+
+
+def test_bert_keeps_dropout_residual_and_norm():
+    model = dm.upcycle(make("bert", hidden_dropout_prob=0.3), layers=[2], seed=0)
+    output = model.bert.encoder.layer[2].output
+    assert isinstance(output.dense, nn.Identity)
+    assert output.dropout.p == 0.3
+    x, residual = torch.randn(2, D), torch.randn(2, D)
+    torch.testing.assert_close(output(x, residual), output.LayerNorm(x + residual))
+
+
+def test_padding_reaches_the_layers_of_an_encoder():
+    """With the engine's padding mask, real tokens get what the dense model gives them, and padding is not routed."""
+    dense = make("bert")
+    model = dm.upcycle(deepcopy(dense), layers="all", router=AVERAGING, seed=0)
+    padding = dm.moe.PaddingMask()
+    padding.watch(model)
+    for module in model.modules():
+        if isinstance(module, dm.MoELayer):
+            module.padding = padding
+    mask = torch.ones(B, L, dtype=torch.long)
+    mask[0, 3:] = 0
+    batch = {**inputs(dense), "attention_mask": mask}
+    torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-5)
+    with dm.StepLedger() as ledger:
+        model.train()(**batch)
+    assert all(int(record.num_tokens) == int(mask.sum()) for record in ledger.records().values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [
+        ("even", [0, 2]),
+        ("odd", [1, 3]),
+        ("all", [0, 1, 2, 3]),
+        ([3, 1], [1, 3]),
+        ([-1], [3]),
+        ((-2, 0), [0, 2]),
+    ],
+    ids=str,
+)
+def test_layers_by_word_and_by_index(layers, chosen):
+    assert layer_names(dm.upcycle(make("llama"), layers=layers)) == [PATHS["llama"].format(i) for i in chosen]
+
+
+def test_a_layer_s_training_mode_dtype_and_frozen_weights_are_kept():
+    model = make("llama").to(torch.bfloat16).train()
+    model.model.layers[0].mlp.requires_grad_(False)
+    dm.upcycle(model, layers="all", seed=0)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    layers = [model.get_submodule(name) for name in layer_names(model)]
+    assert all(layer.training for layer in layers)
+    assert [layer.experts.w1.requires_grad for layer in layers] == [False, True, True, True]
+
+
+def test_seed_governs_gate_rows_and_noise_and_layers_differ():
+    def weights(**options: Any) -> dict[str, Tensor]:
+        return state(dm.upcycle(make("vit"), layers="all", **options))
+
+    key, gate = PATHS["vit"].format(0) + ".experts.w1", PATHS["vit"].format(0) + ".router.weight"
+    again, first, other = (weights(seed=s, noise=0.1) for s in (5, 5, 6))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert not torch.equal(first[key], other[key]) and not torch.equal(first[gate], other[gate])
+    assert not torch.equal(first[gate], first[gate.replace(".0.", ".1.")])
+
+
+def test_torch_s_seed_governs_a_model_without_one():
+    models = [make("vit") for _ in range(3)]
+    torch.manual_seed(11)
+    first, other = (dm.upcycle(model).vit.layers[0].mlp for model in models[:2])
+    torch.manual_seed(11)
+    again = dm.upcycle(models[2]).vit.layers[0].mlp
+    assert torch.equal(again.router.weight, first.router.weight)
+    assert not torch.equal(other.router.weight, first.router.weight)
+
+
+def test_noise_is_a_fraction_of_the_copied_tensor_s_spread():
+    dense = make("llama")
+    source = dense.model.layers[0].mlp.gate_proj.weight.detach()
+    layer = dm.upcycle(deepcopy(dense), layers=[0], num_experts=8, seed=3, noise=0.25).model.layers[0].mlp
+    noise = layer.experts.w1.detach() - source
+    assert float(noise.std()) == pytest.approx(0.25 * float(source.std(correction=0)), rel=0.05)  # of 3072 numbers
+    assert not torch.equal(noise[0], noise[1])
+
+
+def siglip() -> SiglipVisionModel:
+    return SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SIZES))
+
+
+REFUSED = {
+    "tanh gelu": (lambda: vit(hidden_act="gelu_pytorch_tanh"), {}, "something else than a gelu expert.*GELUTanh"),
+    "gelu_new": (lambda: bert(hidden_act="gelu_new"), {}, "something else than a gelu expert.*NewGELUActivation"),
+    "quick gelu": (lambda: vit(hidden_act="quick_gelu"), {}, "QuickGELUActivation"),
+    "relu": (lambda: bert(hidden_act="relu"), {}, r"layer\.0 computes something else than a gelu expert.*ReLU"),
+    "gated gelu": (lambda: llama(hidden_act="gelu"), {}, "something else than a swiglu expert.*GELUActivation"),
+    "bias": (lambda: llama(mlp_bias=True), {}, "mlp has biases in down_proj, gate_proj, up_proj, unlike a swiglu"),
+    "chunks": (lambda: bert(chunk_size_feed_forward=2), {}, "Set chunk_size_feed_forward to 0"),
+    "no FFN": (lambda: nn.Sequential(nn.Linear(3, 3)), {}, "Sequential has no feed-forward network of a known form"),
+    "GPT-2": (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)), {}, "no feed-forward network"),
+    "twice": (lambda: dm.upcycle(vit(), layers=[0]), {"layers": [1]}, r"has MoELayers already: vit\.layers\.0\.mlp"),
+    "several places": (
+        lambda: nn.ModuleDict({"eye": siglip(), "other": vit()}),
+        {},
+        r"several places: eye\.encoder\.layers\.\*\.mlp, other\.vit\.layers\.\*\.mlp\. Upcycle the part",
+    ),
+    "out of range": (vit, {"layers": [1, 4, -5]}, r"layers names 4, -5, but .* are 0, 1, 2, 3 \(or -1 for 3"),
+    "no layer": (vit, {"layers": []}, "is no layer"),
+    "a layer twice": (vit, {"layers": [3, -1]}, "is a layer twice"),
+    "a word": (vit, {"layers": "last"}, "layers is 'last'. Use all, even, odd or a list"),
+    "noise": (vit, {"noise": -0.1}, "noise is -0.1 but must not be negative"),
+    "sizes": (vit, {"num_experts": 9}, "num_experts is 9 but must be between 1 and num_slots"),
+    "ranks": (vit, {"ep_size": 2}, "ep_size is 2 but there is one data-parallel rank"),
+    "router": (vit, {"router": "nobody"}, "There is no router called 'nobody'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_upcycled_is_refused_and_left_as_it_was(case):
+    build, options, message = REFUSED[case]
+    torch.manual_seed(0)
+    model = build()
+    before, modules = state(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=message):
+        dm.upcycle(model, **options)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_dropout_inside_a_feed_forward_network_is_refused():
+    class MLPWithDropout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.drop, self.fc2 = nn.Linear(D, F), nn.GELU(), nn.Dropout(0.1), nn.Linear(F, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.drop(self.act(self.fc1(x))))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([MLPWithDropout()]).eval()
+    with pytest.raises(ConfigError, match="GELU, Dropout"):
+        dm.upcycle(model)
+    model.layers[0].drop.p = 0.0
+    assert layer_names(dm.upcycle(model)) == ["layers.0"]
+
+
+def _states(rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    """The upcycled model's state with the experts of all ranks, for EP 1 and for EP over all ranks."""
+    states = []
+    for ep_size in (1, world_size):
+        model = dm.upcycle(make("bert"), layers="odd", num_experts=3, num_slots=4, ep_size=ep_size, seed=9, noise=0.1)
+        whole = state(model)
+        for name, value in whole.items():
+            if ".experts." in name and ep_size > 1:
+                parts = [torch.empty_like(value) for _ in range(world_size)]
+                dist.all_gather(parts, value)
+                whole[name] = torch.cat(parts)
+        states.append(whole)
+    return states
+
+
+def test_all_layouts_start_from_the_same_model():
+    for alone, shared in run_ranks(_states, 2):
+        assert alone.keys() == shared.keys()
+        assert all(torch.equal(shared[name], value) for name, value in alone.items())
+
+
+# One expert with softmax weights has weight 1 and no gradient through it: exactly the dense FFN, in training too.
+ONE_EXPERT = dm.TopAnyConfig(weighting="softmax", training_fallback="top_1", diversity_weight=0, simplicity_weight=0)
+BATCHES = 3
+TRAINED = ("bert", "vit")
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _labelled(model: nn.Module, step: int) -> dict[str, Tensor]:
+    labels = torch.randint(3, (B,), generator=torch.Generator().manual_seed(step))
+    return {name: value.roll(step, 0) for name, value in inputs(model).items()} | {"labels": labels}
+
+
+def _losses(model: nn.Module, train_step: Callable[[dict[str, Tensor]], Tensor]) -> list[float]:
+    return [train_step(_labelled(model, step)).item() for step in range(BATCHES)]
+
+
+def _trained(rank: int, world_size: int) -> dict[tuple[str, int], list[float]]:
+    """Losses of the upcycled models under the engine."""
+    losses = {}
+    for name, stage in product(TRAINED, (0, 2)):
+        model = make(name, **NO_DROPOUT).train()
+        dm.upcycle(model, layers="all", num_experts=1, num_slots=2, router=ONE_EXPERT, seed=0)
+        engine = dm.initialize(model=model, config=deepspeed_config(stage, kind="SGD", lr=0.05))
+
+        def train_step(batch: dict[str, Tensor], engine: Any = engine) -> Tensor:
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            return loss.detach()
+
+        losses[name, stage] = _losses(engine.module, train_step)
+    return losses
+
+
+def test_a_model_of_one_expert_trains_like_the_dense_model():
+    (got,) = run_ranks(_trained, 1)
+    for name in TRAINED:
+        model = make(name, **NO_DROPOUT).train()
+        untrained = model(**_labelled(model, 1)).loss.item()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+        def train_step(batch: dict[str, Tensor], model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        want = _losses(model, train_step)
+        assert abs(want[1] - untrained) > 1e-3, "a step must show in the next loss"
+        for stage in (0, 2):
+            assert got[name, stage] == pytest.approx(want, rel=1e-5), (name, stage)
