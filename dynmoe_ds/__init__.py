@@ -7,27 +7,50 @@ from dynmoe_ds import errors
 
 if TYPE_CHECKING:
     from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController
+    from dynmoe_ds.checkpoint import load_model, save_model
     from dynmoe_ds.config.load import load_config
     from dynmoe_ds.engine import initialize
-    from dynmoe_ds.moe import MoELayer, StepLedger
-    from dynmoe_ds.routing import Router, RouterConfig, Routing, RoutingRecords, TopAnyConfig, register_router
+    from dynmoe_ds.moe import MoELayer, StepLedger, upcycle
+    from dynmoe_ds.routing import (
+        BudgetConfig,
+        ExpertThresholdConfig,
+        ReluConfig,
+        Router,
+        RouterConfig,
+        Routing,
+        RoutingRecords,
+        TopAnyConfig,
+        TopKConfig,
+        TopPConfig,
+        mean_k_per_kind,
+        register_router,
+    )
     from dynmoe_ds.training import Trainer
 
 # torch, DeepSpeed, Hydra and transformers take seconds to import: only those who use them pay for it.
 _ROOMS = {
     "AdaptationConfig": "adaptation",
     "AdaptationController": "adaptation",
+    "BudgetConfig": "routing",
+    "ExpertThresholdConfig": "routing",
     "MoELayer": "moe",
+    "ReluConfig": "routing",
     "Router": "routing",
     "RouterConfig": "routing",
     "Routing": "routing",
     "RoutingRecords": "routing",
     "StepLedger": "moe",
     "TopAnyConfig": "routing",
+    "TopKConfig": "routing",
+    "TopPConfig": "routing",
     "Trainer": "training",
     "initialize": "engine",
     "load_config": "config.load",
+    "load_model": "checkpoint",
+    "mean_k_per_kind": "routing",
     "register_router": "routing",
+    "save_model": "checkpoint",
+    "upcycle": "moe",
 }
 
 
@@ -40,16 +63,25 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AdaptationConfig",
     "AdaptationController",
+    "BudgetConfig",
+    "ExpertThresholdConfig",
     "MoELayer",
+    "ReluConfig",
     "Router",
     "RouterConfig",
     "Routing",
     "RoutingRecords",
     "StepLedger",
     "TopAnyConfig",
+    "TopKConfig",
+    "TopPConfig",
     "Trainer",
     "errors",
     "initialize",
     "load_config",
+    "load_model",
+    "mean_k_per_kind",
     "register_router",
+    "save_model",
+    "upcycle",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent / "dynmoe_ds"
 LEVELS = [
     {"cli"},
     {"training"},
+    {"checkpoint"},
     {"data", "models", "telemetry"},
     {"config"},
     {"engine"},
@@ -22,7 +24,7 @@ LEVELS = [
     {"moe"},
     {"dispatch"},
     {"experts", "routing"},
-    {"distributed"},
+    {"distributed", "integrations"},
     {"errors"},
 ]
 LEVEL = {room: height for height, rooms in enumerate(reversed(LEVELS)) for room in rooms}
@@ -95,3 +97,11 @@ def test_there_is_no_cycle_of_imports() -> None:
 def test_every_room_is_known() -> None:
     rooms = {room_of(module_name(path)) for path in FILES} - {None, "__main__"}
     assert rooms == set(LEVEL)
+
+
+def test_an_ordinary_installation_holds_every_package() -> None:
+    root = ROOT.parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    code = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    configs = {f"dynmoe_configs.{path.parent.name}" for path in root.glob("configs/*/*.yaml")}
+    assert set(listed) == code | configs | {"dynmoe_configs", "dynmoe_kernels"}

@@ -39,7 +39,8 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "train",
         help="train a model",
         description="Train a model. The configuration is checked before anything is started; everything the run "
-        "leaves behind is in its run folder.",
+        "leaves behind is in its run folder, the trained model as `model/` (dynmoe_ds.load_model reads it) unless "
+        "training.save_model=false.",
         epilog=f"{_EXAMPLES}\n{override_help()}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -47,10 +47,24 @@ def build(plain: Mapping[str, Any]) -> RunConfig:
 
     Values keep their types, except that a whole number is welcome where a number is wanted and a list where a tuple is.
     The router section is `{name: <registered name>, <field>: <value>, ...}`: the preset's values, then the given ones.
+    Where a section may be of several kinds (model, data), its `name` chooses the kind.
 
     Raises: ConfigError with every unknown key, missing key, wrong type and value that its section refuses.
     """
     return build_sections(plain).run_config()
+
+
+def build_router_config(plain: Mapping[str, Any]) -> RouterConfig:
+    """The router's configuration that a router section describes.
+
+    Raises: ConfigError with every fault, as `build`.
+    """
+    faults: list[str] = []
+    router = _router(plain, "router", faults)
+    if faults:
+        raise ConfigError(faults)
+    assert isinstance(router, RouterConfig), router
+    return router
 
 
 def build_sections(plain: Mapping[str, Any]) -> BuiltSections:
@@ -96,6 +110,8 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str]) -> Any:
     """The value as its type hint wants it, or `_REFUSED` with a fault added."""
     if hint is RouterConfig:
         return _router(value, path, faults)
+    if kinds := _kinds(hint):
+        return _section_of_a_kind(value, kinds, path, faults)
     if is_dataclass(hint):
         assert isinstance(hint, type), hint
         return _section(value, hint, path, faults)
@@ -125,6 +141,34 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str]) -> Any:
         faults.append(f"{path} is {value} but must be a finite number.")
         return _REFUSED
     return value
+
+
+def _kinds(hint: Any) -> dict[str, type]:
+    """The dataclass behind each `name` that a section may have; empty where sections are not told apart by name."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds: dict[str, type] = {}
+    for member in members:
+        tag = typing.get_type_hints(member).get("name") if is_dataclass(member) else None
+        if typing.get_origin(tag) is not Literal:
+            return {}
+        kinds |= dict.fromkeys(typing.get_args(tag), member)
+    return kinds
+
+
+def _section_of_a_kind(value: Any, kinds: Mapping[str, type], path: str, faults: list[str]) -> Any:
+    """The dataclass that the section's name chooses, or `_REFUSED`."""
+    if not isinstance(value, Mapping):
+        faults.append(f"{path} is {value!r} but must be {_named_section(kinds)}.")
+        return _REFUSED
+    if "name" not in value:
+        faults.append(f"{path}.name is missing. Give it {_either(kinds)}.")
+        return _REFUSED
+    name = value["name"]
+    if not isinstance(name, str) or name not in kinds:
+        nearest = did_you_mean(name, kinds) if isinstance(name, str) else ""
+        faults.append(f"{path}.name is {name!r}. {nearest}Use {_either(kinds)}.")
+        return _REFUSED
+    return _section(value, kinds[name], path, faults)
 
 
 def _section(value: Any, cls: type, path: str, faults: list[str]) -> Any:
@@ -184,7 +228,9 @@ def _expected(hint: Any) -> str:
     """What a user must give, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is RouterConfig:
-        return f"a section with a name ({_either(router_names())})"
+        return _named_section(router_names())
+    if kinds := _kinds(hint):
+        return _named_section(kinds)
     if is_dataclass(hint):
         return f"a section with the keys {', '.join(f.name for f in fields(hint))}"
     if origin is Literal:
@@ -194,6 +240,10 @@ def _expected(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_expected(argument) for argument in arguments)
     return _TYPE_NAMES.get(hint, str(hint))
+
+
+def _named_section(names: typing.Iterable[str]) -> str:
+    return f"a section with a name ({_either(names)})"
 
 
 def _either(words: typing.Iterable[Any]) -> str:

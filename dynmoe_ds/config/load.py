@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dynmoe_ds.config.build import build_sections
 from dynmoe_ds.config.groups import CONFIG_MODULE, config_groups, did_you_mean
+from dynmoe_ds.config.resolvers import register_resolvers
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.config.validate import find_faults_in
 from dynmoe_ds.errors import ConfigError
@@ -62,8 +63,8 @@ def load_config(overrides: Sequence[str], config_name: str = "train") -> RunConf
     assert isinstance(plain, dict), type(plain)
     built = build_sections({str(key): value for key, value in plain.items()})
     faults += built.faults
-    # Rank 0 makes the folder and may have begun to fill it when the other ranks get here.
-    faults += find_faults_in(built.sections, check_run_dir=os.environ.get("RANK", "0") == "0")
+    # Rank 0 alone reads the text, and makes the folder, which it may have begun to fill when the others get here.
+    faults += find_faults_in(built.sections, check_files=os.environ.get("RANK", "0") == "0")
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return built.run_config()
@@ -71,16 +72,16 @@ def load_config(overrides: Sequence[str], config_name: str = "train") -> RunConf
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, in the order of the schema; `build(yaml.safe_load(text))` gives it back."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses as dictionaries and tuples as lists; a router gets the name of a preset of its type."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if not is_dataclass(value):
         return value
-    items = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    items = {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     return {"name": _router_name(value), **items} if isinstance(value, RouterConfig) else items
 
 
@@ -192,11 +193,6 @@ def _default_run_dir(run_name: str, faults: list[str]) -> str:
     return f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _share_of(total: Any, share: float) -> int | None:
-    """The resolver `${share_of:${training.steps},0.4}`. A total that is no number is reported where it stands."""
-    return int(total * share) if isinstance(total, int | float) else None
-
-
 def _list(names: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(names)
 
@@ -205,4 +201,4 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-OmegaConf.register_new_resolver("share_of", _share_of, replace=True)
+register_resolvers()

@@ -7,7 +7,7 @@ reported at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from dynmoe_ds.adaptation.config import AdaptationConfig
 from dynmoe_ds.routing.router import RouterConfig
@@ -21,24 +21,81 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """A Llama-style decoder with random weights whose every `moe_every`-th MLP is a `MoELayer`.
+class LlamaModelConfig:
+    """A Llama-style decoder with random weights, some of whose MLPs are `MoELayer`s.
 
-    The MLP of layer i (from 0) is replaced when (i + 1) is a multiple of `moe_every`.
+    From layer `moe_first` (from 0) on, every `moe_every`-th layer has experts. `moe_first` None is `moe_every` - 1: the
+    last layer of every `moe_every`. `tie_embeddings`: whether the output layer shares the weights of the embedding.
     """
 
+    name: Literal["llama"] = "llama"
     hidden_size: int
     num_layers: int
     num_heads: int
     dense_ffn_hidden_size: int
     expert_ffn_hidden_size: int
     moe_every: int
+    moe_first: int | None = None
+    num_experts: int
+    num_slots: int
+    tie_embeddings: bool = True
+
+    def moe_layers(self) -> range:
+        """The layers with experts, from 0."""
+        first = self.moe_every - 1 if self.moe_first is None else self.moe_first
+        return range(first, self.num_layers, self.moe_every)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSizes:
+    """The sizes of an encoder with random weights."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEncoderSizes(EncoderSizes):
+    """The sizes of an encoder of images, cut into squares `patch_size` pixels wide."""
+
+    patch_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpcycledConfig:
+    """A Hugging Face encoder with a classifier, some of whose FFNs become `MoELayer`s of copies (`dynmoe_ds.upcycle`).
+
+    pretrained: the folder of its weights, which says its sizes; None for random weights of `sizes`. dropout: of hidden
+    states and attention. moe_layers: counted from 0; negative ones from the end.
+    """
+
+    pretrained: str | None
+    dropout: float
+    moe_layers: tuple[int, ...]
     num_experts: int
     num_slots: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class BertClassifierConfig(UpcycledConfig):
+    """BERT with a classifier, or a regression, on its first token."""
+
+    name: Literal["bert_classifier"] = "bert_classifier"
+    sizes: EncoderSizes | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTClassifierConfig(UpcycledConfig):
+    """A vision transformer (ViT, or DeiT without a distillation token) with a classifier on its first token."""
+
+    name: Literal["vit_classifier"] = "vit_classifier"
+    sizes: ImageEncoderSizes | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextDataConfig:
     """Text for language modelling. `name` is `pydoc_topics` (comes with CPython) or `text_file` (`path` required)."""
 
     name: Literal["pydoc_topics", "text_file"]
@@ -49,8 +106,54 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenShardsConfig:
+    """Pre-tokenised text for language modelling: `path` is a folder that `dynmoe tokenize` wrote.
+
+    Held out are either the last `held_out_windows` windows of `sequence_length` tokens, or the shards (file names) of
+    `held_out_shards`.
+    """
+
+    name: Literal["token_shards"] = "token_shards"
+    path: str | None
+    sequence_length: int
+    held_out_windows: int | None
+    held_out_shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GlueDataConfig:
+    """One task of GLUE: `path` is the folder of its download, `tokenizer` that of a pretrained model (or its file).
+
+    sequence_length: tokens after which a row is cut off. num_train: rows of the training file, from which epochs are
+    computed; the data must have as many.
+    """
+
+    name: Literal["glue"] = "glue"
+    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    path: str | None
+    tokenizer: str | None
+    sequence_length: int
+    num_train: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFolderConfig:
+    """Images with classes, in `<path>/train/<class>` and `<path>/val/<class>`, `image_size` pixels wide and high."""
+
+    name: Literal["image_folder"] = "image_folder"
+    path: str | None
+    image_size: int
+
+
+# The sections `model` and `data` are of one of these kinds each. `name` tells which: another kind is another dataclass
+# whose field `name` is a Literal of names that no other kind has.
+ModelConfig: TypeAlias = LlamaModelConfig | BertClassifierConfig | ViTClassifierConfig
+DataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | GlueDataConfig | ImageFolderConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine fall to `final_lr_fraction` of `lr`. No decay on thresholds and norms."""
+    """AdamW with linear warm-up and a fall to `final_lr_fraction` of `lr`. No weight decay on thresholds and norms."""
 
     lr: float
     beta1: float
@@ -59,6 +162,7 @@ class OptimConfig:
     warmup_steps: int
     final_lr_fraction: float
     gradient_clipping: float
+    lr_decay: Literal["cosine", "linear"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +179,21 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """The loop. One step is one optimiser step; `micro_batch_size` is sequences per rank and micro step."""
+    """The loop. One step is one optimiser step; `micro_batch_size` is sequences per rank and micro step.
+
+    eval_sequences: how many held-out examples are evaluated on; None for all. save_model: whether the trained model
+    goes into the run folder, as `model/`, for `dynmoe_ds.load_model`.
+    """
 
     steps: int
     micro_batch_size: int
     gradient_accumulation_steps: int
     log_every_steps: int
     eval_every_steps: int
-    eval_sequences: int
+    eval_sequences: int | None
     sample_prompt: str
     sample_tokens: int
+    save_model: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

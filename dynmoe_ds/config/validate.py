@@ -12,37 +12,48 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dynmoe_ds.adaptation.config import AdaptationConfig
+from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
 from dynmoe_ds.config.schema import (
+    BertClassifierConfig,
     DataConfig,
+    ExpertConfig,
+    GlueDataConfig,
+    ImageFolderConfig,
+    LlamaModelConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     TelemetryConfig,
+    TextDataConfig,
+    TokenShardsConfig,
     TrainingConfig,
+    UpcycledConfig,
+    ViTClassifierConfig,
 )
+from dynmoe_ds.routing import RouterConfig
 
-# The tokenizer of dynmoe_ds.data, which may not be imported here: 256 bytes and the end of text.
+# Of dynmoe_ds.data, which may not be imported here: the tokenizer's 256 bytes and end of text; the index of shards.
 MIN_VOCAB_SIZE = 257
+SHARD_INDEX_FILE = "index.json"
 
 
-def find_faults(config: RunConfig, *, check_run_dir: bool = True) -> list[str]:
+def find_faults(config: RunConfig, *, check_files: bool = True) -> list[str]:
     """One sentence per impossible value or combination, each with the values and what to do; empty when sound.
 
-    check_run_dir: whether the run folder must be empty. Only the rank that creates it may ask: the others would see
-    the files that the first rank has already written.
+    check_files: whether to look at the files that rank 0 alone reads and writes. Only rank 0 may ask: the others may be
+    on machines without the text, and would see what rank 0 has already written into the run folder.
     """
     sections = {field.name: getattr(config, field.name) for field in fields(config)}
-    return find_faults_in(sections, check_run_dir=check_run_dir)
+    return find_faults_in(sections, check_files=check_files)
 
 
-def find_faults_in(sections: Mapping[str, Any], *, check_run_dir: bool = True) -> list[str]:
+def find_faults_in(sections: Mapping[str, Any], *, check_files: bool = True) -> list[str]:
     """As `find_faults`, of the checks whose sections are all given."""
     faults: list[str] = []
     for check in _CHECKS:
         needed = inspect.signature(check).parameters
-        if check is _run_dir and not check_run_dir:
+        if check in _CHECKS_OF_FILES and not check_files:
             continue
         if all(name in sections for name in needed):
             faults.extend(check(**{name: sections[name] for name in needed}))
@@ -81,24 +92,104 @@ def _run_dir(run_dir: str) -> Iterator[str]:
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."
 
 
-def _model(model: ModelConfig) -> Iterator[str]:
-    yield from _at_least(
-        "model", model, 1, "hidden_size", "num_layers", "num_heads", "dense_ffn_hidden_size", "expert_ffn_hidden_size",
-        "num_slots",
-    )  # fmt: skip
+def _pool(model: ModelConfig) -> Iterator[str]:
+    yield from _at_least("model", model, 1, "num_slots")
     if not 1 <= model.num_experts <= model.num_slots:
         yield (
             f"model.num_experts is {model.num_experts} but must be between 1 and model.num_slots ({model.num_slots}): "
             "every expert needs a slot. Lower the one or raise the other."
         )
-    if not 1 <= model.moe_every <= model.num_layers:
+
+
+def _llama(model: LlamaModelConfig) -> Iterator[str]:
+    yield from _at_least(
+        "model", model, 1, "hidden_size", "num_layers", "num_heads", "dense_ffn_hidden_size", "expert_ffn_hidden_size",
+    )  # fmt: skip
+    layers = model.num_layers
+    if not 1 <= model.moe_every <= layers:
         yield (
-            f"model.moe_every is {model.moe_every} but must be between 1 and model.num_layers ({model.num_layers}), "
-            "or no layer has experts."
+            f"model.moe_every is {model.moe_every} but must be between 1 and model.num_layers ({layers}), or no layer "
+            "has experts."
+        )
+    if model.moe_first is not None and not 0 <= model.moe_first < layers:
+        yield (
+            f"model.moe_first is {model.moe_first} but must be at least 0 and below model.num_layers ({layers}), or "
+            "no layer has experts."
         )
     heads = model.num_heads
     # Rotary position embeddings turn pairs of channels.
     yield from _multiple("model.hidden_size", model.hidden_size, f"2 x model.num_heads (2 x {heads})", 2 * heads)
+
+
+def _upcycled(model: UpcycledConfig) -> Iterator[str]:
+    sizes = model.sizes if isinstance(model, BertClassifierConfig | ViTClassifierConfig) else None
+    if (model.pretrained is None) == (sizes is None):
+        given = "neither is" if sizes is None else "both are"
+        yield (
+            f"One of model.pretrained and model.sizes must be set, but {given}. Name the folder of a pretrained model "
+            "and set model.sizes=null, or the other way round for random weights."
+        )
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout is {model.dropout} but must be at least 0 and below 1."
+    if not model.moe_layers:
+        yield "model.moe_layers is empty, so that no layer has experts. Name layers, counted from 0."
+    if sizes is None:
+        return
+    yield from _at_least("model.sizes", sizes, 1, *(field.name for field in fields(sizes)))
+    yield from _multiple(
+        "model.sizes.hidden_size", sizes.hidden_size, f"model.sizes.num_heads ({sizes.num_heads})", sizes.num_heads
+    )
+    last = sizes.num_layers - 1
+    if outside := [layer for layer in model.moe_layers if not -last - 1 <= layer <= last]:
+        yield (
+            f"model.moe_layers names {', '.join(map(str, outside))}, but the layers are 0 to {last}, or -1 to "
+            f"{-last - 1} from the end."
+        )
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    yield from _pool(model)
+    match model:
+        case LlamaModelConfig():
+            yield from _llama(model)
+        case BertClassifierConfig() | ViTClassifierConfig():
+            yield from _upcycled(model)
+
+
+def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    match data:
+        case TextDataConfig() | TokenShardsConfig():
+            wanted = "llama"
+        case GlueDataConfig():
+            wanted = "bert_classifier"
+        case ImageFolderConfig():
+            wanted = "vit_classifier"
+    if model.name != wanted:
+        yield (
+            f"model.name is {model.name} but data.name is {data.name}, for which it must be {wanted}. Choose another "
+            "`model` or another `data`."
+        )
+    match model, data:
+        case ViTClassifierConfig(sizes=sizes), ImageFolderConfig(image_size=image_size) if sizes is not None:
+            yield from _multiple(
+                "data.image_size", image_size, f"model.sizes.patch_size ({sizes.patch_size})", sizes.patch_size
+            )
+
+
+def _expert_for_model(expert: ExpertConfig, model: ModelConfig) -> Iterator[str]:
+    if isinstance(model, UpcycledConfig) and expert.kind != "gelu":
+        yield (
+            f"expert.kind is {expert.kind} but the experts of {model.name} are copies of its FFNs, which are gelu. Use "
+            "expert=gelu."
+        )
+
+
+def _sample_for_data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    if training.sample_tokens > 0 and isinstance(data, GlueDataConfig | ImageFolderConfig):
+        yield (
+            f"training.sample_tokens is {training.sample_tokens} but data.name is {data.name}, from which no model "
+            "learns to write. Set training.sample_tokens=0."
+        )
 
 
 def _parallel(parallel: ParallelConfig) -> Iterator[str]:
@@ -127,7 +218,7 @@ def _slots(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     yield from _multiple("model.num_slots", model.num_slots, f"parallel.ep_size ({ep_size})", ep_size)
 
 
-def _data(data: DataConfig) -> Iterator[str]:
+def _text(data: TextDataConfig) -> Iterator[str]:
     yield from _at_least("data", data, 2, "sequence_length", "held_out_every")
     if data.vocab_size < MIN_VOCAB_SIZE:
         yield (
@@ -137,13 +228,68 @@ def _data(data: DataConfig) -> Iterator[str]:
     if data.name == "text_file":
         if data.path is None:
             yield "data.path is null but data.name is text_file. Name the file, as in data.path=book.txt."
-        elif not Path(data.path).is_file():
-            yield f"data.path is {data.path!r}, which is not a file here ({Path.cwd()}). Correct the path."
     elif data.path is not None:
         yield (
             f"data.path is {data.path!r} but data.name is {data.name}, which reads no file. Use data=text_file, or "
             "leave data.path null."
         )
+
+
+def _token_shards(data: TokenShardsConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 2, "sequence_length")
+    if data.path is None:
+        yield "data.path is null. Name the folder that `dynmoe tokenize` wrote, as in data.path=shards."
+    if data.held_out_windows is None and not data.held_out_shards:
+        yield (
+            "data.held_out_windows is null and data.held_out_shards is empty, so that nothing would be held out. Set "
+            "one of them."
+        )
+    elif data.held_out_windows is not None and data.held_out_shards:
+        yield (
+            f"data.held_out_windows is {data.held_out_windows} and data.held_out_shards names "
+            f"{', '.join(data.held_out_shards)}, but only one of them can say what is held out. Set "
+            "data.held_out_windows=null, or data.held_out_shards=[]."
+        )
+    elif data.held_out_windows is not None:
+        yield from _at_least("data", data, 1, "held_out_windows")
+
+
+def _glue(data: GlueDataConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 2, "sequence_length")
+    yield from _at_least("data", data, 1, "num_train")
+    if data.path is None:
+        yield "data.path is null. Name the folder of the GLUE download, as in data.path=glue_data."
+    if data.tokenizer is None:
+        yield "data.tokenizer is null. Name the pretrained model's folder, or its tokenizer.json."
+
+
+def _image_folder(data: ImageFolderConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 1, "image_size")
+    if data.path is None:
+        yield "data.path is null. Name the folder that holds train/<class> and val/<class>, as in data.path=images."
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    match data:
+        case GlueDataConfig():
+            yield from _glue(data)
+        case ImageFolderConfig():
+            yield from _image_folder(data)
+        case TextDataConfig():
+            yield from _text(data)
+        case TokenShardsConfig():
+            yield from _token_shards(data)
+
+
+def _data_files(data: DataConfig) -> Iterator[str]:
+    match data:
+        case TextDataConfig(name="text_file", path=str(path)) if not Path(path).is_file():
+            yield f"data.path is {path!r}, which is not a file here ({Path.cwd()}). Correct the path."
+        case TokenShardsConfig(path=str(path)) if not (Path(path) / SHARD_INDEX_FILE).is_file():
+            yield (
+                f"data.path is {path!r}, which has no {SHARD_INDEX_FILE} here ({Path.cwd()}). Correct the path, or "
+                "write the folder with `dynmoe tokenize`."
+            )
 
 
 def _optim(optim: OptimConfig) -> Iterator[str]:
@@ -163,8 +309,10 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
 def _training(training: TrainingConfig) -> Iterator[str]:
     yield from _at_least(
         "training", training, 1, "steps", "micro_batch_size", "gradient_accumulation_steps", "log_every_steps",
-        "eval_every_steps", "eval_sequences",
+        "eval_every_steps",
     )  # fmt: skip
+    if training.eval_sequences is not None:
+        yield from _at_least("training", training, 1, "eval_sequences")
     yield from _at_least("training", training, 0, "sample_tokens")
     if training.sample_tokens > 0 and not training.sample_prompt:
         yield (
@@ -182,11 +330,20 @@ def _warmup(optim: OptimConfig, training: TrainingConfig) -> Iterator[str]:
 
 
 def _adaptation(adaptation: AdaptationConfig | None, training: TrainingConfig) -> Iterator[str]:
-    if adaptation is not None and adaptation.every_steps > training.steps:
+    if adaptation is None:
+        return
+    name = "every_steps" if adaptation.first_step is None else "first_step"
+    first = getattr(adaptation, name)
+    if first > training.steps:
         yield (
-            f"adaptation.every_steps is {adaptation.every_steps} but training.steps is {training.steps}, so that no "
-            "adaptation would ever happen. Lower adaptation.every_steps, or use adaptation=none."
+            f"adaptation.{name} is {first} but training.steps is {training.steps}, so that no adaptation would ever "
+            f"happen. Lower adaptation.{name}, or use adaptation=none."
         )
+
+
+def _rule(adaptation: AdaptationConfig | None, router: RouterConfig) -> Iterator[str]:
+    if adaptation is not None and (fault := rule_fault(adaptation, router)) is not None:
+        yield fault
 
 
 def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
@@ -198,5 +355,7 @@ def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
-    _seed, _run_dir, _model, _parallel, _slots, _data, _optim, _training, _warmup, _adaptation, _telemetry,
+    _seed, _run_dir, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files, _optim,
+    _training, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
 )  # fmt: skip
+_CHECKS_OF_FILES = (_run_dir, _data_files)

@@ -1,20 +1,34 @@
-"""Text for language modelling: read, split, tokenised, packed and dealt out to the ranks."""
+"""The data of a run: read, split, tokenised, packed and dealt out to the ranks."""
 
+from dynmoe_ds.data.examples import Examples
+from dynmoe_ds.data.glue import GlueData, load_glue_data
+from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
 from dynmoe_ds.data.order import HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.sequences import TokenSequences
+from dynmoe_ds.data.shard_writer import write_token_shards
 from dynmoe_ds.data.text import TextData, load_text_data
+from dynmoe_ds.data.token_shards import TokenShardData, TokenWindows, load_token_shards
 from dynmoe_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, save_tokenizer, train_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
+    "Examples",
+    "GlueData",
     "HeldOutOrder",
+    "ImageFolderData",
     "TextData",
     "TokenSequences",
+    "TokenShardData",
+    "TokenWindows",
     "TrainingOrder",
     "end_of_text_id",
     "from_rank_zero",
+    "load_glue_data",
+    "load_image_folder",
     "load_text_data",
+    "load_token_shards",
     "save_tokenizer",
     "train_tokenizer",
+    "write_token_shards",
 ]

@@ -38,10 +38,18 @@ class TrainingOrder:
 
     def indices(self, step: int, micro_step: int) -> list[int]:
         """The `micro_batch_size` sequences that this rank reads in a micro step; both counts begin at 0."""
+        return [self._at(position) for position in self._positions(step, micro_step)]
+
+    def epochs(self, step: int, micro_step: int) -> list[int]:
+        """The epochs, from 0, that the sequences of `indices` belong to."""
+        return [position // self.num_sequences for position in self._positions(step, micro_step)]
+
+    def _positions(self, step: int, micro_step: int) -> range:
+        """The stretch of the line of all epochs that this rank reads in a micro step."""
         assert 0 <= micro_step < self.gradient_accumulation_steps, (micro_step, self.gradient_accumulation_steps)
         turn = micro_step * self.world_size + self.rank
         first = step * self.global_batch_size + turn * self.micro_batch_size
-        return [self._at(position) for position in range(first, first + self.micro_batch_size)]
+        return range(first, first + self.micro_batch_size)
 
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_sequences)

@@ -26,7 +26,9 @@ class TokenSequences:
         """L, in tokens."""
         return self.tokens.shape[1]
 
-    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def batch(
+        self, indices: Sequence[int], device: torch.device | str = "cpu", epochs: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """`input_ids` and `labels`, both [len(indices), L] int64 and equal: the model shifts the labels itself."""
         tokens = self.tokens[list(indices)].to(device=device, dtype=torch.int64)
         return {"input_ids": tokens, "labels": tokens}

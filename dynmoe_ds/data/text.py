@@ -8,10 +8,10 @@ from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer
 
-from dynmoe_ds.config.schema import DataConfig
+from dynmoe_ds.config.schema import TextDataConfig
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.sequences import TokenSequences, pack
-from dynmoe_ds.data.tokenizer import train_tokenizer
+from dynmoe_ds.data.tokenizer import end_of_text_id, train_tokenizer
 from dynmoe_ds.errors import DataError
 
 BLOCK_CHARACTERS = 2000
@@ -29,8 +29,18 @@ class TextData:
         """The tokenizer as an object."""
         return Tokenizer.from_str(self.tokenizer_json)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer().get_vocab_size()
 
-def load_text_data(config: DataConfig) -> TextData:
+    @property
+    def end_of_text(self) -> int:
+        """The id that closes every document."""
+        return end_of_text_id(self.tokenizer())
+
+
+def load_text_data(config: TextDataConfig) -> TextData:
     """The text that `config` names, split, tokenised and packed on rank 0 and sent to every rank.
 
     Only rank 0 needs the file, and all ranks have the same tokenizer and sequences.
@@ -41,7 +51,7 @@ def load_text_data(config: DataConfig) -> TextData:
     return from_rank_zero(lambda: prepare_text(read_text(config), config))
 
 
-def read_text(config: DataConfig) -> str:
+def read_text(config: TextDataConfig) -> str:
     """The whole text as one string.
 
     `pydoc_topics`: all language-reference topics that come with CPython, in alphabetical order. They differ a little
@@ -96,7 +106,7 @@ def split_text(text: str, held_out_every: int) -> tuple[list[str], list[str]]:
     return train, [document for document in held_out if document]
 
 
-def prepare_text(text: str, config: DataConfig) -> TextData:
+def prepare_text(text: str, config: TextDataConfig) -> TextData:
     """`text` split, tokenised and packed, on this rank alone.
 
     Raises: DataError when the text is too short for one training and one held-out sequence.

@@ -46,9 +46,20 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return end
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises: DataError for a file that cannot be read or is no tokenizer.
+    """
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers package raises bare Exception for JSON that is no tokenizer
+        raise DataError(f"{path} is no tokenizer: {error}. Give the path of a tokenizer.json.") from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, end_of_text: str = END_OF_TEXT) -> None:
     """Write the files into `folder` from which `PreTrainedTokenizerFast.from_pretrained` reads the tokenizer."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer, bos_token=end_of_text, eos_token=end_of_text, pad_token=end_of_text
     )
     fast.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -25,11 +26,16 @@ from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.masters import EngineMasters
 from dynmoe_ds.errors import CheckpointError, RoutingError
-from dynmoe_ds.moe import MoELayer, PaddingMask, Placement, StepLedger
+from dynmoe_ds.moe import MoELayer, PaddingMask, Placement, StepLedger, TokenSampler, labelled
+from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords, update_routers
 from dynmoe_ds.routing.records import pack, unpack
+from dynmoe_ds.routing.token_kinds import kind_shapes
 
 _log = logging.getLogger(__name__)
+
+TOKENS_PER_SAMPLE = 4096
+"""Tokens per layer, over all ranks, by which experts are split: about a hundred of each of some tens of experts."""
 
 _NATIVE_CHECKPOINT_METHODS = ("save_16bit_model", "save_fp16_model", "load_universal_checkpoint")
 
@@ -49,6 +55,7 @@ class Engine:
         adaptation: AdaptationConfig | None,
         padding: PaddingMask,
         gradient_clipping: float,
+        token_kinds: tuple[str, ...] = (),
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._layers = dict(layers)
@@ -57,6 +64,8 @@ class Engine:
         self._window = RecordingWindow(adaptation) if adaptation else None
         self._padding = padding
         self._clipping = gradient_clipping
+        self.token_kinds = token_kinds
+        self._sampler = TokenSampler(-(-TOKENS_PER_SAMPLE // dist.get_world_size()))
         self._ledger = StepLedger()
         self._step_records: dict[str, RoutingRecords] = {}
         self._untaken_records: dict[str, RoutingRecords] = {}
@@ -66,11 +75,19 @@ class Engine:
         self.last_aux_loss: Tensor = torch.zeros(())
         self.masters = EngineMasters(deepspeed_engine)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass. In training mode its layers' losses and records are kept for `backward`, `step`."""
-        if not (self.module.training and torch.is_grad_enabled()):
-            return self._deepspeed(*args, **kwargs)
-        with self._ledger:
+    def __call__(self, *args: Any, token_kinds: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's forward pass. In training mode its layers' losses and records are kept for `backward`, `step`.
+
+        token_kinds: the kind of every token, int64 of the tokens' shape [B, L], an index into the names that
+        `initialize` was given, or -1 for none. The model does not see it.
+        Raises: RoutingError for `token_kinds` that is no int64 tensor, or that nobody declared. A wrong shape and a
+        kind that is too large are found where the records are read (`mean_k_per_kind`), on all ranks together.
+        """
+        self._check_kinds(token_kinds)
+        is_recorded = self.module.training and torch.is_grad_enabled()
+        if is_recorded and not self._ledger.records():
+            self._ledger = self._new_ledger()
+        with labelled(kinds=token_kinds), self._ledger if is_recorded else nullcontext():
             return self._deepspeed(*args, **kwargs)
 
     forward = __call__
@@ -132,6 +149,34 @@ class Engine:
         records, self._untaken_records = self._untaken_records, {}
         return self._reduce(records) if reduce else records
 
+    def evaluation_ledger(self) -> StepLedger:
+        """A ledger that records evaluation too: `with engine.evaluation_ledger() as ledger:` around the passes.
+
+        `engine.sum_over_ranks(ledger.records())` then has what all ranks saw. Of training, which has its own ledger,
+        it sees nothing.
+        """
+        return StepLedger(evaluation=True, num_kinds=len(self.token_kinds))
+
+    def sum_over_ranks(self, records: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:
+        """Records by layer summed over all data-parallel ranks, every layer of the model included.
+
+        Collective: every rank.
+        """
+        return self._reduce(records)
+
+    def observables(self) -> dict[str, dict[str, float]]:
+        """The values of the routers' controllers by layer and name; equal on all ranks. Waits for the device once."""
+        found = {
+            (layer_name, name): value.detach().double().reshape(())
+            for layer_name, layer in self._layers.items()
+            for name, value in layer.router.observables(layer.active).items()
+        }
+        numbers = torch.stack(list(found.values())).tolist() if found else []
+        by_layer: dict[str, dict[str, float]] = {}
+        for (layer_name, name), number in zip(found, numbers, strict=True):
+            by_layer.setdefault(layer_name, {})[name] = number
+        return by_layer
+
     def take_events(self) -> list[AdaptationEvent]:
         """The adaptations since the last call."""
         events, self._untaken_events = self._untaken_events, []
@@ -188,6 +233,31 @@ class Engine:
             raise AttributeError(name)
         return getattr(self._deepspeed, name)
 
+    def _new_ledger(self) -> StepLedger:
+        """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
+        num_kinds, step = len(self.token_kinds), self.global_steps + 1
+        if self._window is None or self._controller is None or not self._controller.may_grow(self._window.end(step)):
+            return StepLedger(num_kinds=num_kinds)
+        rule = self._controller.rule
+        return StepLedger(
+            num_kinds=num_kinds,
+            with_strain=rule.needs_strain and self._window.covers(step),
+            sampler=self._sampler if rule.needs_sample and self._window.is_due(step) else None,
+        )
+
+    def _check_kinds(self, token_kinds: Tensor | None) -> None:
+        """Raises: RoutingError as `__call__`."""
+        if token_kinds is None:
+            return
+        if not self.token_kinds:
+            raise RoutingError(
+                "A batch has token_kinds, but no kinds are declared. Name them in "
+                "dynmoe_ds.initialize(token_kinds=(...)), or leave token_kinds out of the batch."
+            )
+        if not isinstance(token_kinds, Tensor) or token_kinds.dtype != torch.int64:
+            found = token_kinds.dtype if isinstance(token_kinds, Tensor) else type(token_kinds).__name__
+            raise RoutingError(f"token_kinds is {found} but must be an int64 tensor with one kind per token.")
+
     def _adapt(self) -> None:
         """Decide on the window's records of all ranks, compare, operate, note. Collective: every rank."""
         assert self._window is not None and self._controller is not None and self._adaptation is not None
@@ -196,14 +266,17 @@ class Engine:
         records = self._reduce(self._window.take())
         decided, error = None, None
         try:
-            decided = self._controller.decide(records, before, step=step)
+            min_experts = {name: layer.router.config.min_experts for name, layer in self._layers.items()}
+            decided = self._controller.decide(records, before, step=step, min_experts=min_experts)
         except Exception as e:
             # A rule of the user's own may fail on one rank only; the others must not wait for it.
             error = e
         raise_together(error)
         assert decided is not None
         plan, full = decided
-        plan = self.apply_plan(plan)
+        sampler = self._sampler if self._controller.rule.needs_sample else None
+        plan = operate(plan, self._layers, self.masters, config, sampler)
+        self._sampler.clear()
         event = describe(
             plan,
             step=step,
@@ -231,7 +304,10 @@ class Engine:
         Every layer takes part, also one without records here, so that all ranks send the same.
         """
         layers = self._layers if layers is None else layers
-        everything = {name: records.get(name) or _no_records(layer) for name, layer in layers.items()}
+        everything = {name: self._no_records(layer) for name, layer in layers.items()}
+        everything = {name: none + records[name] if name in records else none for name, none in everything.items()}
+        if not everything:
+            return {}
         flat = pack(everything)
         if dist.get_world_size() > 1:
             dist.all_reduce(flat, group=seam.data_parallel_group())
@@ -248,15 +324,16 @@ class Engine:
                 {name: layer.active for name, layer in controlled.items()},
             )
 
-
-def _no_records(layer: MoELayer) -> RoutingRecords:
-    return RoutingRecords.zeros(
-        layer.num_slots, layer.hidden_size, layer.router.statistics_shapes(), layer.active.device
-    )
+    def _no_records(self, layer: MoELayer) -> RoutingRecords:
+        """Records of no token with every statistic, so that all ranks send the same numbers."""
+        statistics = layer.router.statistics_shapes() | kind_shapes(len(self.token_kinds))
+        if self._controller is not None and self._controller.rule.needs_strain:
+            statistics[STRAIN] = (layer.num_slots,)
+        return RoutingRecords.zeros(layer.num_slots, layer.hidden_size, statistics, layer.active.device)
 
 
 def _refuse(method: str) -> NoReturn:
     raise CheckpointError(
         f"engine.{method} is not available: DeepSpeed's own checkpoints load rank 0's experts on all ranks without an "
-        "error, and dynmoe_ds has none of its own yet."
+        "error, and dynmoe_ds has none of its own yet. dynmoe_ds.save_model(engine, folder) writes the weights alone."
     )

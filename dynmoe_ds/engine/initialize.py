@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from dynmoe_ds.adaptation import AdaptationConfig
-from dynmoe_ds.adaptation.rules import rule_named
+from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
 from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.engine import Engine
@@ -35,13 +34,15 @@ def initialize(
     optimizer: Any = None,
     lr_scheduler: Any = None,
     timeout_s: float = 600.0,
+    token_kinds: Sequence[str] = (),
 ) -> Engine:
     """An engine that trains `model` under DeepSpeed, with experts that grow and are pruned if `adaptation` is given.
 
     model: any module with `MoELayer`s in it. config: DeepSpeed's configuration, a dictionary or the path of its JSON
     file; ZeRO 0 to 3, float32 or bf16. model_parameters: parameters or optimiser groups, by default all that require a
     gradient. optimizer, lr_scheduler: as in `deepspeed.initialize`. timeout_s: how long a rank waits for another one,
-    where torch.distributed is not initialised yet.
+    where torch.distributed is not initialised yet. token_kinds: names of the kinds of tokens that a batch may tell
+    apart; `engine(..., token_kinds=tensor)` counts tokens and experts of each.
 
     Differs from DeepSpeed: gradients are not clipped unless `gradient_clipping` says so (DeepSpeed clips to 1.0), and
     on a CPU Adam is torch's, which needs no compiler.
@@ -57,12 +58,13 @@ def initialize(
     try:
         settings = _read_config(config)
         groups = _param_groups(model, model_parameters)
-        if faults := _faults(settings, layers, adaptation):
+        if faults := [*_faults(settings, layers, adaptation), *_kind_faults(token_kinds)]:
             error = ConfigError(faults)
     except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
     raise_together(error)
-    assert_same_on_all_ranks("the configuration of the run", _fingerprint(settings, model, layers, adaptation))
+    fingerprint = _fingerprint(settings, model, layers, adaptation, token_kinds)
+    assert_same_on_all_ranks("the configuration of the run", fingerprint)
 
     stage = _stage(settings)
     clipping = float(settings.get("gradient_clipping") or 0.0)
@@ -86,7 +88,7 @@ def initialize(
     if stage == 3:
         seam.check_partitioning(layers.values())
     _undo_construction_step(engine)
-    return Engine(engine, layers, adaptation, padding, clipping)
+    return Engine(engine, layers, adaptation, padding, clipping, tuple(token_kinds))
 
 
 def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -151,10 +153,8 @@ def _faults(
     if adaptation is not None:
         if not layers:
             found.append("adaptation is given but the model has no MoELayer.")
-        try:
-            rule_named(adaptation.rule)
-        except ConfigError as e:
-            found += e.faults
+        by_layer = [rule_fault(adaptation, layer.router.config) for layer in layers.values()]
+        found += dict.fromkeys(fault for fault in by_layer if fault is not None)
     return found
 
 
@@ -168,14 +168,27 @@ def _frozen_faults(layers: Mapping[str, MoELayer], stage: int, adaptation: Adapt
             yield f"{name}: experts are frozen, which DeepSpeed cannot do at ZeRO-{stage}. Use ZeRO-0 or 3."
 
 
+def _kind_faults(token_kinds: Sequence[str]) -> list[str]:
+    """A name becomes a part of metric names, between slashes."""
+    if isinstance(token_kinds, str):
+        return [f"token_kinds is {token_kinds!r} but must be a sequence of names, such as ({token_kinds!r},)."]
+    odd = [name for name in token_kinds if not isinstance(name, str) or not name or "/" in name]
+    found = [f"token_kinds holds {name!r}. Use names that are not empty and have no slash." for name in odd]
+    if not found and len(set(token_kinds)) < len(token_kinds):
+        found.append(f"token_kinds is {list(token_kinds)} but every name must be there once.")
+    return found
+
+
 def _fingerprint(
     settings: Mapping[str, Any],
     model: nn.Module,
     layers: Mapping[str, MoELayer],
     adaptation: AdaptationConfig | None,
+    token_kinds: Sequence[str],
 ) -> dict[str, Any]:
     """What must be equal on all ranks, in words that tell a person where to look."""
     values: dict[str, Any] = {f"deepspeed.{key}": value for key, value in settings.items()}
+    values["token_kinds"] = list(token_kinds)
     for key, value in (asdict(adaptation) if adaptation else {"adaptation": None}).items():
         values[f"adaptation.{key}"] = value
     for name, layer in layers.items():

@@ -4,65 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dynmoe_ds.config.schema import ParallelConfig, RunConfig
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
+from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
+from dynmoe_ds.models.random_weights import seeded_weights
+from dynmoe_ds.moe import MoELayer, layer_seed
 
 
 def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
-    """A float32 decoder on the CPU; the MLP of layer i (from 0) is a MoELayer when `moe_every` divides i + 1.
+    """A float32 decoder on the CPU; the MLPs of the layers `config.model.moe_layers()` are MoELayers.
 
     Weights depend on `config.seed` and the layer alone: they are the same on every rank and for every layout, except
     that a rank holds only its own slots' experts. The global random state is left as it was.
     Raises: ConfigError for sizes that cannot work.
     """
-    model = _dense_decoder(config, vocab_size, eos_token_id)
-    for index in range(config.model.moe_every - 1, config.model.num_layers, config.model.moe_every):
+    sizes, data = config.model, config.data
+    assert isinstance(sizes, LlamaModelConfig), f"build_decoder was given {type(sizes).__name__}"
+    assert isinstance(data, TextDataConfig | TokenShardsConfig), f"build_decoder was given {type(data).__name__}"
+    llama = _llama_config(sizes, vocab_size, eos_token_id, data.sequence_length)
+    model = dense_decoder(llama, config.seed)
+    for index in sizes.moe_layers():
         model.model.layers[index].mlp = MoELayer(
-            hidden_size=config.model.hidden_size,
-            ffn_hidden_size=config.model.expert_ffn_hidden_size,
-            num_experts=config.model.num_experts,
-            num_slots=config.model.num_slots,
+            hidden_size=sizes.hidden_size,
+            ffn_hidden_size=sizes.expert_ffn_hidden_size,
+            num_experts=sizes.num_experts,
+            num_slots=sizes.num_slots,
             ep_size=config.parallel.ep_size,
             router=config.router,
             expert=config.expert.kind,
-            seed=_layer_seed(config.seed, index),
+            seed=layer_seed(config.seed, index),
         )
-    _checkpoint_activations(model, config.parallel)
+    checkpoint_activations(model, config.parallel)
     return model
 
 
-def _dense_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
-    llama = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.model.hidden_size,
-        intermediate_size=config.model.dense_ffn_hidden_size,
-        num_hidden_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_heads,
-        max_position_embeddings=config.data.sequence_length,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would seed the accelerators as well
+def dense_decoder(llama: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """A float32 decoder without experts on the CPU, with random weights; the global random state is left as it was."""
+    with seeded_weights(seed):
         model = LlamaForCausalLM(llama)
     model.model.rotary_emb = _ExactRotaryEmbedding(llama)
     return model
 
 
-def _layer_seed(seed: int, layer_index: int) -> int:
-    """One seed per layer, so that layers differ and neighbouring run seeds share none."""
-    return int(np.random.SeedSequence([seed, layer_index]).generate_state(1)[0])
+def _llama_config(sizes: LlamaModelConfig, vocab_size: int, eos_token_id: int, max_length: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.dense_ffn_hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        max_position_embeddings=max_length,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+        tie_word_embeddings=sizes.tie_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
 
 
 class _ExactRotaryEmbedding(LlamaRotaryEmbedding):
@@ -79,18 +80,3 @@ class _ExactRotaryEmbedding(LlamaRotaryEmbedding):
         super()._apply(fn, recurse)
         self.inv_freq = exact.to(self.inv_freq.device)
         return self
-
-
-def _checkpoint_activations(model: LlamaForCausalLM, parallel: ParallelConfig) -> None:
-    """Recompute every decoder layer in the backward pass instead of keeping its activations.
-
-    DeepSpeed's form fails at ZeRO-3, where its recomputation finds parameters that are not gathered (DeepSpeed 0.19.8,
-    its issue 4595); `config.validate` refuses that pair.
-    """
-    kind = parallel.activation_checkpointing
-    if kind == "none":
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    if kind == "deepspeed":
-        for layer in model.model.layers:
-            layer._gradient_checkpointing_func = non_reentrant_checkpoint

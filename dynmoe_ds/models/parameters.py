@@ -38,16 +38,27 @@ class ParameterCount:
     """Parameters of the whole model, over all expert-parallel ranks.
 
     in_slots: with every slot of the pool, free ones too, which is what memory must hold. live: with live experts only.
+    By layer: num_live, the live experts; per_expert, the parameters of one; per_router_row, those of its router row.
     """
 
     in_slots: int
     live: int
     live_without_experts: int
+    num_live: Mapping[str, int]
     per_expert: Mapping[str, int]
+    per_router_row: Mapping[str, int]
 
-    def active_per_token(self, mean_k: Mapping[str, float]) -> float:
-        """Parameters that an average token meets, where `mean_k` is the mean number of experts per token by layer."""
-        return self.live_without_experts + sum(mean_k[name] * size for name, size in self.per_expert.items())
+    def active_per_token(self, mean_k: Mapping[str, float], num_live: Mapping[str, int] | None = None) -> float:
+        """Parameters that an average token meets: all but the experts, the router rows of live ones, and its experts.
+
+        A table of embeddings counts whole, also one that is only looked up, as in the numbers that papers give.
+        By layer: mean_k, the mean number of experts per token; num_live, the live experts, None for as many as counted.
+        """
+        num_live = self.num_live if num_live is None else num_live
+        born = {name: num_live[name] - counted for name, counted in self.num_live.items()}
+        return self.live_without_experts + sum(
+            mean_k[name] * size + born[name] * self.per_router_row[name] for name, size in self.per_expert.items()
+        )
 
 
 def count_parameters(model: nn.Module, ep_size: int) -> ParameterCount:
@@ -56,18 +67,26 @@ def count_parameters(model: nn.Module, ep_size: int) -> ParameterCount:
     The live counts follow `MoELayer.active` as it is now. Count before ZeRO-3 splits the parameters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    num_live: dict[str, int] = {}
     per_expert: dict[str, int] = {}
+    per_router_row: dict[str, int] = {}
     in_slots = sum(parameter.numel() for parameter in model.parameters())
     num_free = num_live_experts = 0
     for name, layer in layers.items():
-        num_slots, num_live = layer.active.numel(), int(layer.active.sum())
+        num_slots = layer.active.numel()
         held_here = sum(parameter.numel() for parameter in layer.experts.parameters())
-        per_slot_of_router = sum(param.numel() for param in layer.router.slot_parameters().values()) // num_slots
+        num_live[name] = int(layer.active.sum())
+        per_router_row[name] = sum(param.numel() for param in layer.router.slot_parameters().values()) // num_slots
         per_expert[name] = held_here * ep_size // num_slots
         in_slots += held_here * (ep_size - 1)
-        num_free += (num_slots - num_live) * (per_expert[name] + per_slot_of_router)
-        num_live_experts += num_live * per_expert[name]
+        num_free += (num_slots - num_live[name]) * (per_expert[name] + per_router_row[name])
+        num_live_experts += num_live[name] * per_expert[name]
     live = in_slots - num_free
     return ParameterCount(
-        in_slots=in_slots, live=live, live_without_experts=live - num_live_experts, per_expert=per_expert
+        in_slots=in_slots,
+        live=live,
+        live_without_experts=live - num_live_experts,
+        num_live=num_live,
+        per_expert=per_expert,
+        per_router_row=per_router_row,
     )

@@ -12,6 +12,7 @@ An event is a plain dict, one per adaptation, that becomes one line of `adaptati
         "num_tokens": 2048, "num_unrouted": 31, "out_of_slots": false, "mean_k": 1.9}}}
 
 `tokens_per_expert` has every expert that was live in the window; `parent_id` is null for a seeding without a parent.
+The seeding of an expert that comes from a split of its parent is `split`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def out_of_slots_advice(change: Mapping[str, Any]) -> str:
     """What to do about a layer that wanted an expert and had no free slot."""
     return (
         f"is out of slots: {change['live_after']} of {change['num_slots']} are live, so no further expert could be "
-        f"added. Raise model.num_slots, or grow less (adaptation.min_unrouted_share), or prune more "
+        f"added. Raise model.num_slots, or end growth earlier (adaptation.last_growth_step), or prune more "
         f"(adaptation.prune_below_share)."
     )
 

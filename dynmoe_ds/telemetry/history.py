@@ -46,9 +46,10 @@ class LoadLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerHistory:
-    """What happened in one layer. `live` and the shares are empty where nothing was recorded.
+    """What happened in one layer. The series are empty where nothing was recorded.
 
-    A share is between 0 and 1. `births` and `deaths` hold (step, number of experts) of each event that had any.
+    A share is between 0 and 1, and so is the entropy of load. `births` and `deaths` hold (step, number of experts) of
+    each event that had any.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LayerHistory:
     live: Series
     mean_k: Series
     unrouted_share: Series
+    load_entropy: Series = field(default_factory=lambda: Series(steps=[], values=[]))
     births: list[tuple[int, int]] = field(default_factory=list)
     deaths: list[tuple[int, int]] = field(default_factory=list)
 
@@ -141,6 +143,7 @@ def _layer_history(
         live=_live_series(changes, counts, series.get(f"moe/live_experts/{name}"), last_step),
         mean_k=series.get(f"moe/mean_k/{name}") or _shares(counts, lambda one: sum(one["load"].values())),
         unrouted_share=series.get(f"moe/unrouted_share/{name}") or _shares(counts, lambda one: one["num_unrouted"]),
+        load_entropy=series.get(f"moe/load_entropy/{name}") or Series(steps=[], values=[]),
         births=[(step, len(change["grown"])) for step, change in changes if change["grown"]],
         deaths=[(step, len(change["pruned"])) for step, change in changes if change["pruned"]],
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -16,24 +18,50 @@ from dynmoe_ds.errors import ConfigError, DivergenceError
 Reduction = Literal["mean", "sum", "max", "min", "last"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
-LAYER_SUFFIX = "/<layer>"
+# What a name may hold in the place of a word in angle brackets. A layer's name may have slashes.
+PLACES = {"<layer>": ".+", "<kind>": "[^/]+", "<value>": "[^/]+"}
 
 METRICS: dict[str, str] = {
-    "train/loss": "Cross-entropy of the training batches since the last log line, in nats per token.",
+    "train/loss": "Loss of the training batches since the last log line: see eval/loss.",
     "train/aux_loss": "Sum of the routers' weighted auxiliary losses, added to train/loss for the gradient.",
     "train/learning_rate": "Learning rate of the step.",
     "train/gradient_norm": "L2 norm of the gradient before clipping.",
     "train/tokens_per_second": "Training tokens of all ranks per second of wall-clock time.",
     "train/tokens_seen": "Training tokens of all ranks since step 0.",
     "train/step_time_s": "Wall-clock seconds per optimiser step.",
-    "eval/loss": "Cross-entropy of the held-out data, in nats per token.",
+    "eval/loss": "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error.",
+    "eval/accuracy": "Share (0 to 1) of held-out examples whose class is the model's first answer.",
+    "eval/f1": "Harmonic mean of precision and recall of class 1 on the held-out examples, 0 to 1.",
+    "eval/matthews": "Matthews correlation of answers and classes of the held-out examples, -1 to 1.",
+    "eval/pearson": "Pearson correlation of answers and scores of the held-out examples, -1 to 1.",
+    "eval/spearman": "Spearman rank correlation of answers and scores of the held-out examples, -1 to 1.",
+    "eval/score": "Mean of the metrics of a GLUE task, by which its table and its best epoch go.",
+    "eval/loss_mismatched": "As eval/loss, on the mismatched part of MNLI.",
+    "eval/accuracy_mismatched": "As eval/accuracy, on the mismatched part of MNLI.",
     "moe/mean_k": "Experts chosen per token, averaged over tokens and layers.",
     "moe/mean_k/<layer>": "Experts chosen per token in one layer.",
+    "moe/mean_k_per_kind/<kind>": "Experts chosen per token of one kind, averaged over layers.",
+    "moe/mean_k_per_kind/<kind>/<layer>": "Experts chosen per token of one kind in one layer.",
+    "moe/active_parameters": "Parameters that an average token meets: all but the experts, and the experts it chose.",
+    "moe/forward_flops_per_token": "FLOPs of matrix products in the forward pass of an average token.",
+    "moe/training_flops_per_token": "FLOPs of matrix products in training on an average token: three times as many.",
     "moe/live_experts/<layer>": "Experts that exist in one layer.",
     "moe/unrouted_share/<layer>": "Share (0 to 1) of one layer's tokens that chose no expert.",
     "moe/busiest_share/<layer>": "Share (0 to 1) of one layer's tokens that chose its busiest expert.",
+    "moe/load_entropy/<layer>": "Evenness of one layer's load: entropy of its K experts' shares over ln K, 0 to 1.",
+    "moe/controller/<value>/<layer>": "A value that one layer's router sets by itself, such as its budget's control.",
+    "eval/mean_k": "Experts chosen per held-out token, averaged over tokens and layers.",
+    "eval/mean_k/<layer>": "Experts chosen per held-out token in one layer.",
+    "eval/mean_k_per_kind/<kind>": "Experts chosen per held-out token of one kind, averaged over layers.",
+    "eval/mean_k_per_kind/<kind>/<layer>": "Experts chosen per held-out token of one kind in one layer.",
+    "eval/active_parameters": "Parameters that an average held-out token meets.",
+    "eval/forward_flops_per_token": "FLOPs of matrix products in the forward pass of an average held-out token.",
+    "eval/unrouted_share/<layer>": "Share (0 to 1) of one layer's held-out tokens that chose no expert by themselves.",
+    "eval/busiest_share/<layer>": "Share (0 to 1) of one layer's held-out tokens that chose its busiest expert.",
+    "eval/load_entropy/<layer>": "Evenness of one layer's load by held-out tokens, as moe/load_entropy.",
 }
-"""Every metric name and its meaning. `<layer>` stands for the name of a layer."""
+"""Every metric name and its meaning. `<layer>` stands for the name of a layer, `<kind>` for that of a kind of tokens,
+`<value>` for one of a router's own (`Router.observables`)."""
 
 
 def meaning_of(name: str) -> str:
@@ -41,18 +69,25 @@ def meaning_of(name: str) -> str:
 
     Raises: ConfigError for a name that is not listed in `METRICS`.
     """
-    if LAYER_SUFFIX not in name:
+    if not any(place in name for place in PLACES):
         if name in METRICS:
             return METRICS[name]
-        group, _, rest = name.partition("/")
-        quantity, _, layer = rest.partition("/")
-        family = f"{group}/{quantity}{LAYER_SUFFIX}"
-        if layer and family in METRICS:
-            return METRICS[family]
+        for listed, meaning in METRICS.items():
+            if _pattern(listed).fullmatch(name):
+                return meaning
     raise ConfigError(
         f"There is no metric {name!r}. Use one of {', '.join(METRICS)}, or add the name and its meaning to METRICS in "
         f"dynmoe_ds/telemetry/metrics.py."
     )
+
+
+@cache
+def _pattern(listed: str) -> re.Pattern[str]:
+    """What the names look like that a listed one stands for."""
+    pattern = re.escape(listed)
+    for place, form in PLACES.items():
+        pattern = pattern.replace(place, form)
+    return re.compile(pattern)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,60 +1,45 @@
-"""The pictures of the report. The only file of the room that imports matplotlib, and only when a picture is drawn."""
+"""The pictures of the report; matplotlib is imported only when a picture is drawn."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynmoe_ds.telemetry.drawing import (
+    CALMED_NOTE,
+    LAYER_COLOURS,
+    STYLE,
+    Picture,
+    calmed,
+    colour_bar,
+    finished,
+    label_layers,
+    label_steps,
+    legend_beside,
+    new_figure,
+    plot,
+    plot_layers,
+    tokens_above,
+    whole_numbers,
+)
 from dynmoe_ds.telemetry.history import ExpertLife, LayerHistory, LoadLine, RunHistory, Series
+from dynmoe_ds.telemetry.routing_pictures import draw_routing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDTH_INCHES = 9.0
-DOTS_PER_INCH = 110
 MAX_LAYERS_SHOWN = 8
 MAX_EXPERTS_SHOWN = 40
 MAX_HEAT_MAP_COLUMNS = 200
 MAX_EVENT_LINES = 40
-SMOOTHING_FROM_POINTS = 150
-CALMED_NOTE = " Lines are moving means."
 MARK_SIZES = ((40, 6.0), (200, 4.0))  # up to so many births and deaths: marks of so many points
 
 BIRTH_COLOUR, DEATH_COLOUR = "#1a7f37", "#cf222e"
 UNKNOWN_COLOUR = "#bbbbbb"
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#1f77b4", "#d9480f"
-LAYER_COLOURS = ("#1f77b4", "#d9480f", "#2a9d5c", "#8e44ad", "#b8860b", "#c2185b", "#0097a7", "#5d4037")
 LOAD_COLOURS = "viridis"
-STYLE = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "text.parse_math": False,  # layer names are the user's, and may hold a dollar sign
-}
-STEP_LABEL = "optimiser step"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """A drawn picture: `name` is a file name without suffix, `caption` one or two sentences for a stranger."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
 
 
 def draw_pictures(history: RunHistory) -> Iterator[Picture]:
@@ -70,8 +55,11 @@ def draw_pictures(history: RunHistory) -> Iterator[Picture]:
             yield _live_picture(history, shown, names)
         if any(layer.mean_k.steps for layer in shown) or "moe/mean_k" in history.series:
             yield _mean_k_picture(history, shown, names)
+        if sum(bool(layer.mean_k.steps) for layer in history.layers) > 1:
+            yield _mean_k_by_layer_picture(history, names)
         if any(layer.unrouted_share.steps for layer in shown):
             yield _unrouted_picture(history, shown, names)
+        yield from draw_routing(history, shown, names, _layers_note(history))
         for number, layer in enumerate(shown):
             if layer.lives:
                 yield _lives_picture(history, layer, f"lives_{number:02d}")
@@ -97,49 +85,29 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def smoothed(series: Series, half_width: int) -> Series:
-    """The mean of up to `half_width` values on either side of each place and its own; NaN counts as absent.
-
-    Near the ends the window shrinks on both sides alike, so that a steep start is not flattened.
-    """
-    sums, counts = [0.0], [0]
-    for value in series.values:
-        is_number = not math.isnan(value)
-        sums.append(sums[-1] + (value if is_number else 0.0))
-        counts.append(counts[-1] + is_number)
-    means = []
-    last = len(series.values) - 1
-    for index in range(last + 1):
-        reach = min(half_width, index, last - index)
-        start, end = index - reach, index + reach + 1
-        count = counts[end] - counts[start]
-        means.append((sums[end] - sums[start]) / count if count else math.nan)
-    return Series(steps=series.steps, values=means)
-
-
 def _loss_picture(history: RunHistory) -> Picture:
-    figure, axes = _new_figure(4.0)
+    figure, axes = new_figure(4.0)
     train, held_out = history.series.get("train/loss"), history.series.get("eval/loss")
     caption = "How wrong the model's next-token predictions are; lower is better."
     if train is not None:
-        strong = _calmed(train)
+        strong = calmed(train)
         if strong is not train:
-            _plot(axes, train, color=TRAIN_COLOUR, alpha=0.3)
+            plot(axes, train, color=TRAIN_COLOUR, alpha=0.3)
             caption += " The strong line is a moving mean, the pale one each log line."
-        _plot(axes, strong, color=TRAIN_COLOUR, label="training data")
+        plot(axes, strong, color=TRAIN_COLOUR, label="training data")
     if held_out is not None:
         marks: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False}
         axes.plot(held_out.steps, held_out.values, color=HELD_OUT_COLOUR, label="held-out data", **marks)
         caption += " Held-out data are never trained on: a gap that widens means that the model learns by heart."
     caption += _mark_events(axes, history)
-    _label_steps(axes, history)
-    axes.set_ylabel("loss (nats per token)")
+    label_steps(axes, history)
+    axes.set_ylabel("loss")
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none")
-    return _finished("loss", "Loss", caption, figure, axes)
+    return finished("loss", "Loss", caption, figure, axes)
 
 
 def _live_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dict[str, str]) -> Picture:
-    figure, axes = _new_figure(4.0)
+    figure, axes = new_figure(4.0)
     spread = 0.09
     num_marks = sum(len(layer.births) + len(layer.deaths) for layer in shown)
     size = next((points for limit, points in MARK_SIZES if num_marks <= limit), None)
@@ -150,18 +118,18 @@ def _live_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dic
         colour = LAYER_COLOURS[number]
         offset = (number - (len(shown) - 1) / 2) * spread
         counts = Series(steps=layer.live.steps, values=[value + offset for value in layer.live.values])
-        _plot(axes, counts, color=colour, drawstyle="steps-post", linewidth=1.8, label=names[layer.name])
+        plot(axes, counts, color=colour, drawstyle="steps-post", linewidth=1.8, label=names[layer.name])
         if size is not None:
             _mark_steps(axes, [step for step, _ in layer.births], counts, "^", BIRTH_COLOUR, size)
             _mark_steps(axes, [step for step, _ in layer.deaths], counts, "v", DEATH_COLOUR, size)
     if size is not None and num_marks:
         axes.plot([], [], "^", color=BIRTH_COLOUR, label="expert born")
         axes.plot([], [], "v", color=DEATH_COLOUR, label="expert pruned")
-    _label_steps(axes, history)
-    _whole_numbers(axes.yaxis)
+    label_steps(axes, history)
+    whole_numbers(axes.yaxis)
     axes.set_ylim(min(counted) - 0.8, max(counted) + 0.8)
     axes.set_ylabel("live experts")
-    _legend_beside(axes)
+    legend_beside(axes)
     caption = "How many experts each mixture-of-experts layer has."
     if size is None:
         caption += f" The {num_marks} births and prunings are too many to mark here; the pictures of lives have them."
@@ -169,7 +137,7 @@ def _live_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dic
         caption += " Triangles mark the steps at which experts were born or pruned; both can happen at one step."
     if len(shown) > 1:
         caption += " The lines are drawn slightly apart so that equal counts stay visible."
-    return _finished("live_experts", "Live experts", caption + _layers_note(history), figure, axes)
+    return finished("live_experts", "Live experts", caption + _layers_note(history), figure, axes)
 
 
 def _mark_steps(axes: Axes, steps: Sequence[int], line: Series, marker: str, colour: str, size: float) -> None:
@@ -196,31 +164,48 @@ def _mark_steps(axes: Axes, steps: Sequence[int], line: Series, marker: str, col
 
 
 def _mean_k_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dict[str, str]) -> Picture:
-    figure, axes = _new_figure(3.6)
-    is_calmed = _plot_layers(axes, [(names[layer.name], layer.mean_k) for layer in shown])
+    figure, axes = new_figure(3.6)
+    is_calmed = plot_layers(axes, [(names[layer.name], layer.mean_k) for layer in shown])
     overall = history.series.get("moe/mean_k")
     if overall is not None and len(shown) != 1:
-        _plot(axes, _calmed(overall), color="black", linestyle="--", linewidth=1.4, label="all layers")
-    _label_steps(axes, history)
+        plot(axes, calmed(overall), color="black", linestyle="--", linewidth=1.4, label="all layers")
+    label_steps(axes, history)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("experts per token (mean k)")
-    _legend_beside(axes)
+    legend_beside(axes)
     caption = "How many experts a token uses on average; each token decides for itself. More cost more computation."
     caption += CALMED_NOTE if is_calmed else ""
-    return _finished("mean_k", "Experts per token", caption + _layers_note(history), figure, axes)
+    caption += tokens_above(axes, history) + _layers_note(history)
+    return finished("mean_k", "Experts per token", caption, figure, axes)
+
+
+def _mean_k_by_layer_picture(history: RunHistory, names: dict[str, str]) -> Picture:
+    figure, axes = new_figure(3.2)
+    layers = [layer for layer in history.layers if layer.mean_k.steps]
+    places = range(len(layers))
+    marks: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False}
+    first, last = ([layer.mean_k.values[end] for layer in layers] for end in (0, -1))
+    axes.plot(places, first, color="#999999", linestyle=":", label="first log line", **marks)
+    axes.plot(places, last, color=LAYER_COLOURS[0], label="last log line", **marks)
+    label_layers(axes, [names[layer.name] for layer in layers])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("experts per token (mean k)")
+    legend_beside(axes)
+    caption = "How many experts a token uses on average in each layer, the one nearest the input on the left."
+    return finished("mean_k_by_layer", "Experts per token by layer", caption, figure, axes)
 
 
 def _unrouted_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dict[str, str]) -> Picture:
-    figure, axes = _new_figure(3.2)
-    is_calmed = _plot_layers(axes, [(names[layer.name], _percent(layer.unrouted_share)) for layer in shown])
-    _label_steps(axes, history)
+    figure, axes = new_figure(3.2)
+    is_calmed = plot_layers(axes, [(names[layer.name], _percent(layer.unrouted_share)) for layer in shown])
+    label_steps(axes, history)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens without an expert (%)")
-    _legend_beside(axes)
+    legend_beside(axes)
     caption = "The share of tokens that chose no expert at all. Such tokens are what makes the run add an expert."
     caption += CALMED_NOTE if is_calmed else ""
     caption += _mark_events(axes, history) + _layers_note(history)
-    return _finished("unrouted_share", "Tokens without an expert", caption, figure, axes)
+    return finished("unrouted_share", "Tokens without an expert", caption, figure, axes)
 
 
 def _lives_picture(history: RunHistory, layer: LayerHistory, name: str) -> Picture:
@@ -229,7 +214,7 @@ def _lives_picture(history: RunHistory, layer: LayerHistory, name: str) -> Pictu
     from matplotlib.colors import Normalize
 
     lives, note = _shown_lives(layer, history.last_step)
-    figure, axes = _new_figure(_rows_height(len(lives)))
+    figure, axes = new_figure(_rows_height(len(lives)))
     shares = _mean_shares(layer.loads)
     top = max([100 * share for share in shares.values()] + [1.0])
     mappable = ScalarMappable(norm=Normalize(0, top), cmap=LOAD_COLOURS)
@@ -245,10 +230,10 @@ def _lives_picture(history: RunHistory, layer: LayerHistory, name: str) -> Pictu
         if life.died is not None:
             axes.plot(end, row, marker="X", color=DEATH_COLOUR, **marks)
     _expert_rows(axes, lives, with_parents=True)
-    _label_steps(axes, history)
+    label_steps(axes, history)
     axes.grid(axis="y", visible=False)
     if shares:
-        _colour_bar(figure, axes, mappable, "tokens that chose it,\nmean over its life (%)")
+        colour_bar(figure, axes, mappable, "tokens that chose it,\nmean over its life (%)")
     caption = (
         "One bar per expert, from its first step to its last; the brighter the bar, the more tokens chose the expert."
     )
@@ -262,7 +247,7 @@ def _lives_picture(history: RunHistory, layer: LayerHistory, name: str) -> Pictu
         caption += f"expert {child.parent_id}."
     if any(life.expert_id not in shares and life.born < history.last_step for life in lives):
         caption += " Grey bars: no load was recorded."
-    return _finished(name, f"Lives of the experts of {layer.name}", caption + note, figure, axes)
+    return finished(name, f"Lives of the experts of {layer.name}", caption + note, figure, axes)
 
 
 def _load_picture(history: RunHistory, layer: LayerHistory, name: str) -> Picture:
@@ -278,15 +263,15 @@ def _load_picture(history: RunHistory, layer: LayerHistory, name: str) -> Pictur
         edges.append(line.to_step)
         columns.append([_percent_of_tokens(line, life.expert_id) for life in lives])
     grid = np.array(columns).T
-    figure, axes = _new_figure(_rows_height(len(lives)))
+    figure, axes = new_figure(_rows_height(len(lives)))
     axes.set_facecolor("#eeeeee")
     axes.grid(visible=False)
     top = max(float(np.nanmax(grid)) if np.isfinite(grid).any() else 0.0, 1.0)
     rows = np.arange(len(lives) + 1) - 0.5
     mesh = axes.pcolormesh(edges, rows, np.ma.masked_invalid(grid), cmap=LOAD_COLOURS, vmin=0, vmax=top)
     _expert_rows(axes, lives, with_parents=False)
-    _label_steps(axes, history)
-    _colour_bar(figure, axes, mesh, "tokens that\nchose it (%)")
+    label_steps(axes, history)
+    colour_bar(figure, axes, mesh, "tokens that\nchose it (%)")
     caption = (
         "Which experts the tokens chose over time. Bright: many tokens chose the expert; dark: few did; grey: "
         "the expert did not exist or nothing was recorded. A token may choose several experts, so a column "
@@ -294,7 +279,7 @@ def _load_picture(history: RunHistory, layer: LayerHistory, name: str) -> Pictur
     )
     if len(loads) < len(layer.loads):
         caption += f" {len(layer.loads)} recordings are merged into {len(loads)} columns."
-    return _finished(name, f"Load of the experts of {layer.name}", caption + note, figure, axes)
+    return finished(name, f"Load of the experts of {layer.name}", caption + note, figure, axes)
 
 
 def merged_loads(loads: Sequence[LoadLine], at_most: int) -> list[LoadLine]:
@@ -355,47 +340,6 @@ def _layers_note(history: RunHistory) -> str:
     return f" {MAX_LAYERS_SHOWN} of the {len(history.layers)} layers are shown, evenly spread over the depth."
 
 
-def _new_figure(height_inches: float) -> tuple[Figure, Axes]:
-    """A figure outside pyplot, so that nothing global is touched and no window system is looked for."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _finished(name: str, title: str, caption: str, figure: Figure, axes: Axes) -> Picture:
-    axes.set_title(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Picture(name=name, title=title, caption=caption, png=buffer.getvalue())
-
-
-def _plot(axes: Axes, series: Series, **style: Any) -> None:
-    """A line; dots as well where there are too few points to see a line."""
-    marker = "o" if len(series.steps) <= 2 else None
-    axes.plot(series.steps, series.values, marker=marker, clip_on=False, **style)
-
-
-def _plot_layers(axes: Axes, series_by_label: Sequence[tuple[str, Series]]) -> bool:
-    """One line per layer; whether any of them had to be calmed."""
-    is_calmed = False
-    for (label, series), colour in zip(series_by_label, LAYER_COLOURS, strict=False):
-        if series.steps:
-            calm = _calmed(series)
-            is_calmed = is_calmed or calm is not series
-            _plot(axes, calm, color=colour, linewidth=1.6, label=label)
-    return is_calmed
-
-
-def _calmed(series: Series) -> Series:
-    """The series itself, or its moving mean where it has so many points that they would draw as a thick band."""
-    if len(series.steps) <= SMOOTHING_FROM_POINTS:
-        return series
-    return smoothed(series, half_width=max(2, len(series.steps) // 100))
-
-
 def _mark_events(axes: Axes, history: RunHistory) -> str:
     """Thin lines where experts were born or pruned, and the caption's sentence about them."""
     steps = sorted({step for layer in history.layers for step, _ in [*layer.births, *layer.deaths]})
@@ -404,24 +348,6 @@ def _mark_events(axes: Axes, history: RunHistory) -> str:
     for step in steps:
         axes.axvline(step, color="#777777", linewidth=0.9, linestyle=":", zorder=1)
     return " Dotted vertical lines: experts were born or pruned."
-
-
-def _label_steps(axes: Axes, history: RunHistory) -> None:
-    axes.set_xlabel(STEP_LABEL)
-    axes.set_xlim(0, max(history.last_step, 1))
-    _whole_numbers(axes.xaxis)
-
-
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _legend_beside(axes: Axes) -> None:
-    """A legend to the right of the axes, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _rows_height(num_rows: int) -> float:
@@ -437,7 +363,3 @@ def _expert_rows(axes: Axes, lives: Sequence[ExpertLife], *, with_parents: bool)
     axes.set_yticks(range(len(lives)), labels, fontsize=9)
     axes.set_ylim(len(lives) - 0.5, -0.5)  # the first expert on top
     axes.set_ylabel("expert id")
-
-
-def _colour_bar(figure: Figure, axes: Axes, mappable: Any, label: str) -> None:
-    figure.colorbar(mappable, ax=axes, label=label, pad=0.02, aspect=14, fraction=0.06)

@@ -19,6 +19,10 @@ REPORT_FILE = "report.html"
 PICTURES_FOLDER = "pictures"
 MAX_EVENT_ROWS = 1000
 UNKNOWN = "not recorded"
+COSTS = {
+    "moe/active_parameters": "active parameters per token",
+    "moe/training_flops_per_token": "training FLOPs per token",
+}
 
 STYLE_SHEET = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #d8dce2;
@@ -104,8 +108,16 @@ def _facts(history: RunHistory) -> str:
         "live experts, start → end": _live_range(history),
         "births / deaths": f"{_total(history, 'births')} / {_total(history, 'deaths')}",
     }
+    for name, title in COSTS.items():
+        if name in history.series:
+            facts[f"{title} at the end"] = _last_short(history.series[name])
     cells = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
     return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _last_short(series: Series) -> str:
+    value = series.values[-1]
+    return "not a finite number" if math.isnan(value) else short_number(value)
 
 
 def _live_range(history: RunHistory) -> str:
@@ -144,9 +156,11 @@ def _layer_table(history: RunHistory) -> str:
                 str(sum(count for _, count in layer.deaths)),
                 _last(layer.mean_k, ".2f"),
                 _last(layer.unrouted_share, ".2%"),
+                _last(layer.load_entropy, ".2f"),
             ]
         )
     head = ["layer", "experts at start", "at end", "births", "deaths", "last mean k", "last tokens without an expert"]
+    head.append("last evenness of load")
     return "<h2>Layers</h2>" + _table(head, rows, numbers_from=1)
 
 

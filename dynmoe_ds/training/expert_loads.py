@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynmoe_ds.moe import Placement
@@ -31,17 +32,25 @@ class ExpertLoads:
             for expert_id, slot in placements[layer].slots_by_id.items():
                 load[expert_id] += tokens_per_slot[slot]
 
-    def metrics(self, placements: Mapping[str, Placement]) -> list[Metric]:
-        """The `moe/...` metrics, with the live experts of `placements` as they are now; equal on all ranks."""
+    def mean_k(self) -> dict[str, float]:
+        """Experts per token by layer."""
+        return {layer: record.mean_k for layer, record in self.records.items()}
+
+    def metrics(self, group: str = "moe") -> list[Metric]:
+        """The metrics `<group>/...` of every layer and their means over layers; equal on all ranks.
+
+        What there is nothing of, such as the entropy of a load of 0, is left out.
+        """
         values: dict[str, float] = {}
         for layer, record in self.records.items():
-            busiest = max(self.tokens_per_expert[layer].values())
-            values[f"moe/mean_k/{layer}"] = record.mean_k
-            values[f"moe/live_experts/{layer}"] = len(placements[layer].live_ids)
-            values[f"moe/unrouted_share/{layer}"] = record.unrouted_share
-            values[f"moe/busiest_share/{layer}"] = busiest / max(int(record.num_tokens), 1)
+            load = self.tokens_per_expert[layer]
+            values[f"{group}/mean_k/{layer}"] = record.mean_k
+            values[f"{group}/unrouted_share/{layer}"] = record.unrouted_share
+            values[f"{group}/busiest_share/{layer}"] = max(load.values()) / max(int(record.num_tokens), 1)
+            if load.total() > 0:
+                values[f"{group}/load_entropy/{layer}"] = load_entropy(list(load.values()))
         if self.records:
-            values["moe/mean_k"] = sum(record.mean_k for record in self.records.values()) / len(self.records)
+            values[f"{group}/mean_k"] = sum(self.mean_k().values()) / len(self.records)
         return [Metric(name=name, value=value, reduction="last") for name, value in values.items()]
 
     def line(self, placements: Mapping[str, Placement]) -> dict[str, dict[str, Any]]:
@@ -58,3 +67,15 @@ class ExpertLoads:
             }
             for layer, record in self.records.items()
         }
+
+
+def load_entropy(loads: Sequence[int]) -> float:
+    """How evenly the experts of a layer are used: 1 where all take equally many tokens, 0 where one takes all.
+
+    H / ln K with H = −Σ s ln s over the shares s of all assignments, for the K experts that were live while the tokens
+    were counted; 1 for a single expert.
+    """
+    if len(loads) == 1:
+        return 1.0
+    shares = [load / sum(loads) for load in loads if load > 0]
+    return -sum(share * math.log(share) for share in shares) / math.log(len(loads))

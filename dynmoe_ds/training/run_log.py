@@ -7,16 +7,13 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 import yaml
-from tokenizers import Tokenizer
 
 from dynmoe_ds.adaptation import AdaptationEvent
 from dynmoe_ds.config.load import to_yaml
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.data import save_tokenizer
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.telemetry import Metric, RunFolder, Tracker, build_trackers, reduce_over_ranks, write_report
-
-TOKENIZER_FOLDER = "tokenizer"
+from dynmoe_ds.training.tasks import Task
 
 
 class RunLog:
@@ -25,13 +22,13 @@ class RunLog:
     Collective: construction, so that all ranks learn of a folder that rank 0 cannot write, and `log`.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, stream: TextIO | None) -> None:
+    def __init__(self, config: RunConfig, task: Task, stream: TextIO | None) -> None:
         self._folder: RunFolder | None = None
         self._trackers: list[Tracker] = []
         error: Exception | None = None
         if not dist.is_initialized() or dist.get_rank() == 0:
             try:
-                self._open(config, tokenizer, stream)
+                self._open(config, task, stream)
             except Exception as caught:
                 error = caught
         raise_together(error)
@@ -66,12 +63,12 @@ class RunLog:
             self._folder.close()
             write_report(self._folder.path)
 
-    def _open(self, config: RunConfig, tokenizer: Tokenizer, stream: TextIO | None) -> None:
+    def _open(self, config: RunConfig, task: Task, stream: TextIO | None) -> None:
         self._folder = RunFolder(config.run_dir)
         yaml_text = to_yaml(config)
         self._folder.write_config(yaml_text)
         self._folder.write_versions()
-        save_tokenizer(tokenizer, self._folder.path / TOKENIZER_FOLDER)
+        task.write_files(self._folder.path)
         self._trackers = build_trackers(
             rank=0,
             folder=self._folder,

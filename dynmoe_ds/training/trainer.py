@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -12,67 +13,68 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynmoe_ds.adaptation import alarms
+from dynmoe_ds.checkpoint import save_model
 from dynmoe_ds.config.deepspeed_json import to_deepspeed
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.config.validate import find_faults
-from dynmoe_ds.data import HeldOutOrder, TrainingOrder, end_of_text_id, load_text_data
+from dynmoe_ds.data import TrainingOrder
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.models import build_decoder, count_parameters, parameter_groups
+from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
-from dynmoe_ds.training.evaluation import held_out_loss
 from dynmoe_ds.training.expert_loads import ExpertLoads
-from dynmoe_ds.training.generation import generate
+from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics
 from dynmoe_ds.training.run_log import RunLog
 from dynmoe_ds.training.schedule import learning_rate
+from dynmoe_ds.training.tasks import build_task
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_TEMPERATURE = 0.8
+MODEL_FOLDER = "model"
 
 
 class Trainer:
-    """One run from its configuration: `Trainer(config).run()` on every rank.
+    """One run from its configuration: `Trainer(config).run()` on every rank. What is learnt is `task`'s business.
 
     `stream` is where rank 0 shows its progress; None sends it to `logging`.
     Collective: construction and `run`. Raises, on every rank: ConfigError for a configuration that cannot work,
-    DataError for text that cannot be used.
+    DataError for data that cannot be used.
     """
 
     def __init__(self, config: RunConfig, stream: TextIO | None = None) -> None:
         self.config = config
         timeout_s = config.parallel.process_group_timeout_s
         init_distributed(timeout_s)
-        faults = find_faults(config, check_run_dir=dist.get_rank() == 0)
+        faults = find_faults(config, check_files=dist.get_rank() == 0)
         if dist.get_world_size() != config.parallel.num_ranks:
             faults.append(
                 f"parallel.num_ranks is {config.parallel.num_ranks} but {dist.get_world_size()} ranks were started. "
                 "Change one of the two."
             )
         raise_together(ConfigError(faults) if faults else None)
-        self.data = load_text_data(config.data)
-        self.tokenizer = self.data.tokenizer()
-        self.end_of_text = end_of_text_id(self.tokenizer)
-        self.training_order, self.held_out_order = _orders(config, len(self.data.train), len(self.data.held_out))
-        self.run_log = RunLog(config, self.tokenizer, stream)
+        self.task = build_task(config)
+        self.training_order = _training_order(config, len(self.task.train))
+        self.run_log = RunLog(config, self.task, stream)
 
-        model = build_decoder(config, self.tokenizer.get_vocab_size(), self.end_of_text)
+        model = self.task.build_model()
         self.parameter_count = count_parameters(model, config.parallel.ep_size)
+        self.flop_count = count_flops(model, self.task.tokens_per_example)
         self.engine = initialize(
             model=model,
             config=to_deepspeed(config),
             adaptation=config.adaptation,
             model_parameters=parameter_groups(model, config.optim.weight_decay),
             timeout_s=timeout_s,
+            token_kinds=self.task.token_kinds,
         )
         self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)
         self._layers_warned_about: set[str] = set()
 
     def run(self) -> None:
-        """Train, evaluate and log; at the end write a sample and the report. An interrupt keeps what was written.
+        """Train, evaluate and log; at the end write model, sample and report. An interrupt keeps what was written.
 
         A step is logged every `log_every_steps` steps, whenever it is evaluated, and at the end.
         Collective: every rank. Raises: KeyboardInterrupt, after an orderly end.
@@ -91,7 +93,11 @@ class Trainer:
                 self._follow_experts(is_log)
                 if is_log:
                     self._log(done, is_eval)
-            self._write_sample()
+            if training.save_model:
+                save_model(self.engine, Path(self.run_dir) / MODEL_FOLDER)
+            text = self.task.sample(self.engine)
+            if text is not None:
+                self.run_log.sample(text)
         except KeyboardInterrupt:
             logger.warning("Interrupted after %d of %d steps. What was written is in %s.", done, steps, self.run_dir)
             raise
@@ -107,7 +113,9 @@ class Trainer:
         """One optimiser step at the step's learning rate: every micro-batch forward and backward, then the update."""
         self.engine.set_lr(self._learning_rate(step))
         for micro_step in range(self.config.training.gradient_accumulation_steps):
-            batch = self.data.train.batch(self.training_order.indices(step, micro_step), self.engine.device)
+            indices = self.training_order.indices(step, micro_step)
+            epochs = self.training_order.epochs(step, micro_step)
+            batch = self.task.train.batch(indices, self.engine.device, epochs)
             loss = self.engine(**batch).loss
             self.engine.backward(loss)
             self.engine.step()  # updates the weights after the last micro-batch
@@ -124,10 +132,10 @@ class Trainer:
     def _log(self, done: int, is_eval: bool) -> None:
         """Log the steps since the last log. Evaluation comes after the clock is read, and belongs to no interval."""
         loads = self.interval.loads
-        metrics = self._training_metrics(done) + loads.metrics(self.placements)
+        metrics = self._training_metrics(done) + self._routing_metrics("moe", loads)
+        metrics += pool_metrics(self.placements, self.engine.observables())
         if is_eval:
-            loss = held_out_loss(self.engine, self.data.held_out, self.held_out_order)
-            metrics.append(Metric(name="eval/loss", value=loss, reduction="last"))
+            metrics += self._evaluate()
         self.run_log.log(done, metrics)
         self.run_log.experts(done, loads.line(self.placements))
         self._warn_about(loads)
@@ -139,7 +147,7 @@ class Trainer:
         training = self.config.training
         num_steps = self.interval.num_micro_steps / training.gradient_accumulation_steps
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
-        tokens_per_step = sequences_per_step * self.config.data.sequence_length
+        tokens_per_step = sequences_per_step * self.task.tokens_per_example
         metrics = [
             Metric(name="train/loss", value=loss, reduction="mean"),
             Metric(name="train/aux_loss", value=aux_loss, reduction="mean"),
@@ -151,6 +159,23 @@ class Trainer:
         norm = self.engine.gradient_norm()
         return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
 
+    def _evaluate(self) -> list[Metric]:
+        """What the task measures on the held-out data, and how their tokens are routed."""
+        with self.engine.evaluation_ledger() as ledger:
+            values = self.task.evaluate(self.engine)
+        loads = ExpertLoads()
+        loads.add(self.engine.sum_over_ranks(ledger.records()), self.placements)
+        metrics = [Metric(name=name, value=value, reduction="last") for name, value in values.items()]
+        return metrics + self._routing_metrics("eval", loads)
+
+    def _routing_metrics(self, group: str, loads: ExpertLoads) -> list[Metric]:
+        """How the tokens of these loads were routed and what they cost."""
+        return [
+            *loads.metrics(group),
+            *kind_metrics(group, loads, self.engine.token_kinds),
+            *cost_metrics(group, loads, self.placements, self.parameter_count, self.flop_count),
+        ]
+
     def _learning_rate(self, step: int) -> float:
         optim = self.config.optim
         return learning_rate(
@@ -159,6 +184,7 @@ class Trainer:
             warmup_steps=optim.warmup_steps,
             total_steps=self.config.training.steps,
             final_fraction=optim.final_lr_fraction,
+            decay=optim.lr_decay,
         )
 
     def _warn_about(self, loads: ExpertLoads) -> None:
@@ -171,22 +197,6 @@ class Trainer:
                 self._layers_warned_about.add(layer)
                 logger.warning(" ".join(found))
 
-    def _write_sample(self) -> None:
-        """Let the model write on from the prompt: all ranks compute, rank 0 writes."""
-        training = self.config.training
-        if training.sample_tokens == 0:
-            return
-        ids = generate(
-            self.engine,
-            self.tokenizer.encode(training.sample_prompt).ids,
-            num_tokens=training.sample_tokens,
-            context_length=self.config.data.sequence_length,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=self.config.seed,
-            stop_token=self.end_of_text,
-        )
-        self.run_log.sample(self.tokenizer.decode(ids) + "\n")
-
     def _announce(self) -> None:
         """Say on rank 0 what is about to be trained on what."""
         if dist.get_rank() != 0:
@@ -196,39 +206,30 @@ class Trainer:
         logger.info(
             "%d training sequences of %d tokens, %d per step on %d ranks: %.2f epochs",
             order.num_sequences,
-            self.data.train.length,
+            self.task.tokens_per_example,
             order.global_batch_size,
             order.world_size,
             self.config.training.steps * order.global_batch_size / order.num_sequences,
         )
         wanted = self.config.training.eval_sequences
-        if wanted > len(self.data.held_out):
+        if wanted is not None and wanted > self.task.num_held_out:
             logger.warning(
                 "training.eval_sequences is %d but the held-out part has %d sequences: all of them are used.",
                 wanted,
-                len(self.data.held_out),
+                self.task.num_held_out,
             )
 
 
-def _orders(config: RunConfig, num_training: int, num_held_out: int) -> tuple[TrainingOrder, HeldOutOrder]:
-    """The orders of this rank, from the numbers of sequences."""
-    training = config.training
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    train = TrainingOrder(
+def _training_order(config: RunConfig, num_examples: int) -> TrainingOrder:
+    """The order in which this rank reads the training examples."""
+    return TrainingOrder(
         seed=config.seed,
-        num_sequences=num_training,
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        rank=rank,
-        world_size=world_size,
+        num_sequences=num_examples,
+        micro_batch_size=config.training.micro_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
     )
-    held_out = HeldOutOrder(
-        num_sequences=min(training.eval_sequences, num_held_out),
-        micro_batch_size=training.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    return train, held_out
 
 
 @dataclass(kw_only=True, slots=True)

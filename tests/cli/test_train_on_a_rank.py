@@ -106,11 +106,11 @@ def test_the_first_signal_interrupts_and_later_ones_do_not_disturb_the_end(numbe
 
 def test_both_signals_at_the_same_moment_end_the_run_in_order(tmp_path: Path) -> None:
     body = """
-    import os, signal
+    import signal
     both = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, both)
     for number in both:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         time.sleep(60)

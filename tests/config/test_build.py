@@ -9,6 +9,7 @@ import pytest
 
 from dynmoe_ds.adaptation.config import AdaptationConfig
 from dynmoe_ds.config.build import build, build_sections
+from dynmoe_ds.config.schema import TextDataConfig, TokenShardsConfig
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.routing import TopAnyConfig
 
@@ -16,6 +17,7 @@ PLAIN: dict[str, Any] = {
     "seed": 0,
     "run_dir": "runs/never-made-by-a-test",
     "model": {
+        "name": "llama",
         "hidden_size": 64,
         "num_layers": 2,
         "num_heads": 4,
@@ -125,9 +127,15 @@ def test_a_whole_number_is_a_number_but_nothing_else_is_converted() -> None:
         ("router.temperature", "hot", "router.temperature is 'hot' (text) but must be a number."),
         ("router.weighting", "avarage", "router.weighting is 'avarage'. Did you mean 'average'? Use average or"),
         ("router.temperature", 0.0, "router.temperature is 0.0 but must be above 0."),
-        ("router", "top_any", "router is 'top_any' but must be a section with a name (top_any"),
+        ("router", "top_any", "router is 'top_any' but must be a section with a name (expert_threshold"),
         ("router.name", "topany", "router.name is 'topany', which is no registered router. Did you mean 'top_any'?"),
         ("adaptation.window_steps", 11, "adaptation.window_steps is 11 but must be between 1 and"),
+        ("data.name", "text_fil", "data.name is 'text_fil'. Did you mean 'text_file'? Use pydoc_topics, text_file"),
+        ("data.name", 3, "data.name is 3. Use pydoc_topics, text_file"),
+        ("data", "book.txt", "data is 'book.txt' but must be a section with a name (pydoc_topics, text_file"),
+        ("model.name", "lama", "model.name is 'lama'. Did you mean 'llama'? Use "),
+        ("model", None, "model is None but must be a section with a name ("),
+        ("data.held_out_windows", 2, "There is no key 'data.held_out_windows'. Did you mean 'data.held_out_every'?"),
     ],
 )
 def test_each_fault_is_one_sentence_with_the_value(path: str, value: Any, message: str) -> None:
@@ -136,15 +144,32 @@ def test_each_fault_is_one_sentence_with_the_value(path: str, value: Any, messag
     assert faults[0].startswith(message), faults[0]
 
 
+def test_the_name_of_a_section_chooses_its_kind() -> None:
+    shards = {"name": "token_shards", "path": "shards", "sequence_length": 8, "held_out_windows": None}
+    plain = with_value("data", {**shards, "held_out_shards": ["a.bin"]})
+    assert build(plain).data == TokenShardsConfig(
+        path="shards", sequence_length=8, held_out_windows=None, held_out_shards=("a.bin",)
+    )
+    assert isinstance(build(PLAIN).data, TextDataConfig)
+    of_the_other_kind = faults_of(with_value("data", {**shards, "vocab_size": 300}))
+    assert of_the_other_kind == (
+        "There is no key 'data.vocab_size'. The keys there are name, path, sequence_length, held_out_windows, "
+        "held_out_shards.",
+    )
+
+
 def test_missing_keys_and_sections_are_named() -> None:
     plain = copy.deepcopy(PLAIN)
     del plain["optim"]["lr"], plain["telemetry"], plain["router"]["name"], plain["seed"]
+    del plain["data"]["name"], plain["model"]
     faults = faults_of(plain)
     assert "optim.lr is missing. Give it a number." in faults
     assert "telemetry is missing. Give it a section with the keys wandb_mode, wandb_project." in faults
     assert "seed is missing. Give it a whole number." in faults
-    assert any(fault.startswith("router.name is missing. Use top_any") for fault in faults)
-    assert len(faults) == 4
+    assert any(fault.startswith("router.name is missing. Use expert_threshold") for fault in faults)
+    assert any(fault.startswith("data.name is missing. Give it pydoc_topics, text_file") for fault in faults)
+    assert any(fault.startswith("model is missing. Give it a section with a name (") for fault in faults)
+    assert len(faults) == 6
 
 
 def test_all_faults_are_reported_at_once() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.run_config import changed
 
+from dynmoe_ds.adaptation import rule_fault
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.config.validate import MIN_VOCAB_SIZE, find_faults, find_faults_in
+from dynmoe_ds.config.schema import RunConfig, TokenShardsConfig
+from dynmoe_ds.config.validate import MIN_VOCAB_SIZE, SHARD_INDEX_FILE, find_faults, find_faults_in
+from dynmoe_ds.data.shard_index import INDEX_FILE
 from dynmoe_ds.data.tokenizer import SMALLEST_VOCAB
+from dynmoe_ds.routing import router_config
 
 
 @pytest.fixture(scope="module")
@@ -19,21 +22,13 @@ def sound() -> RunConfig:
     return load_config(["run_dir=runs/never-made-by-a-test"])
 
 
-def changed(config: RunConfig, **values: Any) -> RunConfig:
-    """The configuration with values set: `model__num_experts=3`, or `seed=1`."""
-    for name, value in values.items():
-        section, _, key = name.partition("__")
-        part = dataclasses.replace(getattr(config, section), **{key: value}) if key else value
-        config = dataclasses.replace(config, **{section: part})
-    return config
-
-
 def test_a_sound_configuration_has_no_faults(sound: RunConfig) -> None:
     assert find_faults(sound) == []
 
 
-def test_the_least_vocabulary_is_the_tokenizers() -> None:
+def test_what_is_known_of_the_data_room_is_so_there() -> None:
     assert MIN_VOCAB_SIZE == SMALLEST_VOCAB
+    assert SHARD_INDEX_FILE == INDEX_FILE
 
 
 @pytest.mark.parametrize(
@@ -79,6 +74,11 @@ def test_the_least_vocabulary_is_the_tokenizers() -> None:
             {"model__moe_every": 5},
             "model.moe_every is 5 but must be between 1 and model.num_layers (4), or no layer has experts.",
         ),
+        (
+            {"model__moe_first": 4},
+            "model.moe_first is 4 but must be at least 0 and below model.num_layers (4), or no layer has experts.",
+        ),
+        ({"model__moe_first": -1}, "model.moe_first is -1 but must be at least 0 and below model.num_layers (4)"),
         ({"data__vocab_size": 256}, "data.vocab_size is 256 but must be at least 257: 256 bytes and the end of text."),
         ({"data__held_out_every": 1}, "data.held_out_every is 1 but must be at least 2."),
         ({"data__sequence_length": 1}, "data.sequence_length is 1 but must be at least 2."),
@@ -125,6 +125,12 @@ def test_the_least_vocabulary_is_the_tokenizers() -> None:
             "adaptation.every_steps, or use adaptation=none.",
         ),
         (
+            {"adaptation__first_step": 301},
+            "adaptation.first_step is 301 but training.steps is 300, so that no adaptation would ever happen. Lower "
+            "adaptation.first_step, or use adaptation=none.",
+        ),
+        ({"training__eval_sequences": 0}, "training.eval_sequences is 0 but must be at least 1."),
+        (
             {"telemetry__wandb_project": " "},
             "telemetry.wandb_project is empty but telemetry.wandb_mode is offline. Name a project, or use "
             "telemetry=disabled.",
@@ -145,6 +151,8 @@ def test_each_fault_by_its_message(sound: RunConfig, values: dict[str, Any], mes
         {"parallel__num_ranks": 8, "parallel__ep_size": 4},
         {"model__num_experts": 16},
         {"model__moe_every": 1},
+        {"model__moe_first": 0},
+        {"model__moe_first": 3},
         {"optim__gradient_clipping": 0.0, "optim__warmup_steps": 0, "optim__final_lr_fraction": 1.0},
         {"training__sample_tokens": 0, "training__sample_prompt": ""},
         {"adaptation": None},
@@ -165,6 +173,57 @@ def test_a_text_file_that_exists_passes(sound: RunConfig, tmp_path: Path) -> Non
     assert find_faults(changed(sound, data__name="text_file", data__path=str(book))) == []
 
 
+def test_a_text_file_is_looked_for_only_where_it_is_read(sound: RunConfig) -> None:
+    config = changed(sound, data__name="text_file", data__path="no/such.txt")
+    assert len(find_faults(config)) == 1
+    assert find_faults(config, check_files=False) == [], "the machine of another rank may lack the file"
+    config = changed(sound, data__name="text_file")
+    assert find_faults(config, check_files=False)[0].startswith("data.path is null"), "what is no file is seen anywhere"
+
+
+def shards(path: str | None, **changes: Any) -> TokenShardsConfig:
+    values = {"path": path, "sequence_length": 8, "held_out_windows": 1, **changes}
+    return TokenShardsConfig(**values)
+
+
+def test_a_folder_with_an_index_of_shards_passes(sound: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / SHARD_INDEX_FILE).write_text("{}")
+    assert find_faults(changed(sound, data=shards(str(tmp_path)))) == []
+    named = shards(str(tmp_path), held_out_windows=None, held_out_shards=("a.bin",))
+    assert find_faults(changed(sound, data=named)) == []
+
+
+def test_a_folder_of_shards_is_looked_for_only_where_rank_0_is(sound: RunConfig) -> None:
+    elsewhere = changed(sound, data=shards("no/such"))
+    assert find_faults(elsewhere)[0].startswith("data.path is 'no/such', which has no index.json here (")
+    assert find_faults(elsewhere, check_files=False) == [], "loading tells the ranks together what is missing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "data.path is null. Name the folder that `dynmoe tokenize` wrote, as in data.path=shards."),
+        ({"path": "no/such"}, "data.path is 'no/such', which has no index.json here ("),
+        ({"sequence_length": 1}, "data.sequence_length is 1 but must be at least 2."),
+        ({"held_out_windows": 0}, "data.held_out_windows is 0 but must be at least 1."),
+        (
+            {"held_out_windows": None},
+            "data.held_out_windows is null and data.held_out_shards is empty, so that nothing would be held out. Set",
+        ),
+        (
+            {"held_out_shards": ("a.bin",)},
+            "data.held_out_windows is 1 and data.held_out_shards names a.bin, but only one of them can say what is "
+            "held out. Set data.held_out_windows=null, or data.held_out_shards=[].",
+        ),
+    ],
+)
+def test_each_fault_of_token_shards(sound: RunConfig, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / SHARD_INDEX_FILE).write_text("{}")
+    faults = find_faults(changed(sound, data=shards(changes.pop("path", str(tmp_path)), **changes)))
+    assert len(faults) == 1, faults
+    assert faults[0].startswith(message), faults[0]
+
+
 def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path: Path) -> None:
     config = changed(sound, run_dir=str(tmp_path))
     assert find_faults(config) == []
@@ -172,7 +231,7 @@ def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path:
     assert find_faults(config) == [
         f"run_dir '{tmp_path}' exists and is not empty. Choose another `run_dir`, or move that folder away."
     ]
-    assert find_faults(config, check_run_dir=False) == [], "another rank may come after the first has begun to write"
+    assert find_faults(config, check_files=False) == [], "another rank may come after the first has begun to write"
     as_file = changed(sound, run_dir=str(tmp_path / "metrics.jsonl"))
     assert find_faults(as_file) == [
         f"run_dir '{as_file.run_dir}' exists and is not a folder. Choose another `run_dir`."
@@ -191,3 +250,17 @@ def test_all_faults_are_found_at_once(sound: RunConfig) -> None:
 def test_checks_without_their_section_are_left_out(sound: RunConfig) -> None:
     parallel = changed(sound, parallel__zero_stage=9).parallel
     assert find_faults_in({"parallel": parallel}) == ["parallel.zero_stage is 9. Use 0, 1, 2 or 3."]
+
+
+def test_a_rule_that_makes_no_sense_for_the_router_is_refused(sound: RunConfig) -> None:
+    config = changed(sound, router=router_config("top_p"))
+    (fault,) = find_faults(config)
+    assert fault == rule_fault(config.adaptation, config.router)
+    assert fault.startswith(
+        "adaptation.rule is paper, which adds an expert when tokens choose none, but with TopPConfig every token has "
+        "an expert. Use adaptation.rule="
+    )
+    for values in ({"adaptation__rule": "split_all"}, {"adaptation__last_growth_step": 0}, {"adaptation": None}):
+        assert find_faults(changed(config, **values)) == []
+    (fault,) = find_faults(changed(sound, adaptation__rule="pepper"))
+    assert fault.startswith("adaptation.rule is 'pepper'. Use one of ") and "paper, split_all, split_loaded" in fault

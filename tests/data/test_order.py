@@ -40,6 +40,21 @@ def test_every_sequence_is_read_once_per_epoch_and_epochs_differ():
     assert first != second
 
 
+@pytest.mark.parametrize("layout", [(2, 2, 1), (2, 1, 2), (1, 4, 1)])
+def test_epochs_are_those_of_the_indices(layout):
+    """Each epoch's examples, put together by what `epochs` says of them, are all examples once."""
+    world_size, micro, accumulation = layout
+    read: dict[int, list[int]] = {}
+    for step in range(5):  # two epochs of 10 examples
+        for rank in range(world_size):
+            order = _training_order(rank, world_size, micro, accumulation)
+            for micro_step in range(accumulation):
+                epochs, indices = order.epochs(step, micro_step), order.indices(step, micro_step)
+                for epoch, index in zip(epochs, indices, strict=True):
+                    read.setdefault(epoch, []).append(index)
+    assert {epoch: sorted(indices) for epoch, indices in read.items()} == {0: list(range(10)), 1: list(range(10))}
+
+
 def test_a_step_needs_no_earlier_step():
     fresh, used = _training_order(), _training_order()
     for step in range(7):

@@ -1,15 +1,15 @@
 import pytest
 from tests.helpers.spawn import run_ranks
 
-from dynmoe_ds.config.schema import DataConfig
+from dynmoe_ds.config.schema import TextDataConfig
 from dynmoe_ds.data import from_rank_zero, load_text_data
 from dynmoe_ds.data.text import read_text
 from dynmoe_ds.errors import DataError, DynMoEError
 
 
-def _config(**changes) -> DataConfig:
+def _config(**changes) -> TextDataConfig:
     values = {"name": "text_file", "vocab_size": 260, "sequence_length": 128, "held_out_every": 4}
-    return DataConfig(**{**values, **changes})
+    return TextDataConfig(**{**values, **changes})
 
 
 def _error_of(make) -> str:

@@ -3,7 +3,7 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from dynmoe_ds.config.schema import DataConfig
+from dynmoe_ds.config.schema import TextDataConfig
 from dynmoe_ds.data import END_OF_TEXT, load_text_data
 from dynmoe_ds.data.sequences import pack
 from dynmoe_ds.data.text import BLOCK_CHARACTERS, prepare_text, read_text, split_text
@@ -11,9 +11,9 @@ from dynmoe_ds.data.tokenizer import train_tokenizer
 from dynmoe_ds.errors import DataError
 
 
-def _config(**changes) -> DataConfig:
+def _config(**changes) -> TextDataConfig:
     values = {"name": "text_file", "vocab_size": 260, "sequence_length": 16, "held_out_every": 4, "path": None}
-    return DataConfig(**{**values, **changes})
+    return TextDataConfig(**{**values, **changes})
 
 
 def _numbered_text(num_characters: int) -> str:

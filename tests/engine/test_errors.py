@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.adaptation import Decision, Grow, Move, Plan, Prune, register_rule
+from dynmoe_ds.adaptation import Decision, Grow, Move, Plan, Prune, Split, register_rule, rule_fault
 from dynmoe_ds.errors import (
     CheckpointError,
     ConfigError,
@@ -23,6 +23,7 @@ from dynmoe_ds.errors import (
     RoutingError,
     SurgeryError,
 )
+from dynmoe_ds.routing import router_config
 from tests.helpers.models import HIDDEN, TinyModel, batch, deepspeed_config, train
 from tests.helpers.spawn import run_ranks
 
@@ -151,6 +152,7 @@ def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "sequence": _message(ConfigError, start({**config(stage=3), "sequence_parallel_size": 2})),
         "no layer": _message(ConfigError, start(config(), _Plain(), dm.AdaptationConfig(1, 1))),
         "rule": _message(ConfigError, start(config(), None, dm.AdaptationConfig(1, 1, rule="none"))),
+        "served": _message(ConfigError, start(config(), TinyModel(1, router="top_k"), dm.AdaptationConfig(1, 1))),
         "missing": _message(ConfigError, start(f"{folder}/nothing.json")),
         "broken": _message(ConfigError, start(broken)),
         "frozen": _message(ConfigError, start(config(), frozen)),
@@ -191,6 +193,8 @@ def _user_errors(rank: int, world_size: int, folder: str) -> dict[str, str]:
         return lambda: at.apply_plan(Plan(items=(prune, Grow(**(fields | changes)))))
 
     out["no adaptation"] = _message(SurgeryError, grow())
+    split = Split(layer="moe.0", parent_id=0, expert_id=4, slot=1)
+    out["split without adaptation"] = _message(SurgeryError, lambda: engine.apply_plan(Plan(items=(split,))))
     adapting = dm.initialize(TinyModel(1), config(), dm.AdaptationConfig(9, 9))
     adapting.backward(adapting(x, y))
     adapting.step()
@@ -220,6 +224,7 @@ EXPECTED = {
     "frozen and adapting": "moe.0: adaptation needs parameters that train, but experts.w1, experts.w3, experts.w2 are",
     "frozen experts": "moe.0: experts are frozen, which DeepSpeed cannot do at ZeRO-2. Use ZeRO-0 or 3.",
     "no adaptation": "needs an AdaptationConfig",
+    "split without adaptation": "needs an AdaptationConfig",
     "seeding": "seeding is 'copy_neerest'. Use one of copy_nearest,",
     "no parent": "seeding is copy_most_loaded but parent_id is None",
     "dead parent": "Expert 9 is not live",
@@ -235,6 +240,7 @@ EXPECTED = {
     "sequence": "sequence_parallel_size",
     "no layer": "the model has no MoELayer",
     "rule": "adaptation.rule is 'none'. Use one of",
+    "served": "adaptation.rule is paper, which adds an expert when tokens choose none, but with TopKConfig every token",
     "missing": "nothing.json cannot be read: No such file or directory",
     "broken": "broken.json is not valid JSON",
     "frozen": "No parameter requires a gradient",
@@ -260,6 +266,10 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("fault", EXPECTED)
 def test_a_users_fault_is_named(messages: dict[str, str], fault: str) -> None:
     assert EXPECTED[fault] in messages[fault]
+
+
+def test_a_rule_is_refused_in_the_words_of_the_configuration_once_for_all_layers(messages: dict[str, str]) -> None:
+    assert messages["served"] == rule_fault(dm.AdaptationConfig(1, 1), router_config("top_k"))
 
 
 def test_all_faults_are_reported_at_once(messages: dict[str, str]) -> None:

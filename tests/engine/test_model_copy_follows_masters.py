@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dynmoe_ds as dm
-from dynmoe_ds.adaptation import Grow, Move, Plan, Prune
+from dynmoe_ds.adaptation import Grow, Move, Plan, Prune, Split
 from tests.helpers.models import HIDDEN, TinyModel, deepspeed_config, train
 from tests.helpers.spawn import run_ranks
 
@@ -28,6 +28,7 @@ def _operate(rank: int, world_size: int) -> dict[Any, list[str]]:
         train(engine, range(2), rank, world_size)
         items = [
             Grow(layer="moe.0", expert_id=4, slot=5, gate_row=row / row.norm(), seeding="fresh", parent_id=None),
+            Split(layer="moe.0", parent_id=3, expert_id=5, slot=1),
             Move(layer="moe.0", expert_id=0, to_slot=7),
             Prune(layer="moe.0", expert_id=1),
         ]

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers.saved_model import saved_model_loss
+
 ROOT = Path(__file__).parent.parent.parent
 
 SHORTER = [
@@ -95,6 +97,12 @@ def test_the_run_folder_is_complete(demo: Any) -> None:
 
 
 @pytest.mark.launcher
+def test_the_saved_model_is_the_trained_one(demo: Any) -> None:
+    (*_, last) = (line["eval/loss"] for line in lines(demo[0] / "metrics.jsonl") if "eval/loss" in line)
+    assert saved_model_loss(demo[0]) == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.launcher
 def test_no_rank_is_left_behind(demo: Any) -> None:
     mine = str(demo[0])
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if mine in " ".join(p.info["cmdline"] or [])]
@@ -107,6 +115,7 @@ def test_the_launch_script_runs_the_same_job(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
     assert (folder / "report.html").is_file()
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 30
+    assert not (folder / "model").exists(), "the smoke test keeps no model"
 
 
 @pytest.mark.launcher

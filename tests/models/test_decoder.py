@@ -2,70 +2,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.helpers.run_config import small_run
 
-from dynmoe_ds.config.schema import (
-    DataConfig,
-    ExpertConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TelemetryConfig,
-    TrainingConfig,
-)
+from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.models import build_decoder, count_parameters, parameter_groups
 from dynmoe_ds.moe import MoELayer
-from dynmoe_ds.routing import TopAnyConfig
 
 VOCAB_SIZE, HIDDEN, DENSE, EXPERT, SLOTS = 50, 16, 24, 8, 6
 
 
-def run_config(*, seed=1, checkpointing="none", expert="swiglu", moe_every=2, num_layers=4) -> RunConfig:
-    return RunConfig(
+def run_config(*, seed=1, checkpointing="none", expert="swiglu", num_layers=4, **model) -> RunConfig:
+    return small_run(
         seed=seed,
-        run_dir="unused",
-        model=ModelConfig(
-            hidden_size=HIDDEN,
-            num_layers=num_layers,
-            num_heads=2,
-            dense_ffn_hidden_size=DENSE,
-            expert_ffn_hidden_size=EXPERT,
-            moe_every=moe_every,
-            num_experts=4,
-            num_slots=SLOTS,
-        ),
-        expert=ExpertConfig(kind=expert),
-        router=TopAnyConfig(),
-        adaptation=None,
-        data=DataConfig(name="pydoc_topics", vocab_size=300, sequence_length=32, held_out_every=10),
-        optim=OptimConfig(
-            lr=1e-3,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.1,
-            warmup_steps=1,
-            final_lr_fraction=0.1,
-            gradient_clipping=1.0,
-        ),
-        parallel=ParallelConfig(
-            num_ranks=1,
-            ep_size=1,
-            zero_stage=1,
-            dtype="float32",
-            activation_checkpointing=checkpointing,
-            process_group_timeout_s=60,
-        ),
-        training=TrainingConfig(
-            steps=2,
-            micro_batch_size=2,
-            gradient_accumulation_steps=1,
-            log_every_steps=1,
-            eval_every_steps=1,
-            eval_sequences=2,
-            sample_prompt="a",
-            sample_tokens=2,
-        ),
-        telemetry=TelemetryConfig(wandb_mode="disabled", wandb_project="none"),
+        model__hidden_size=HIDDEN,
+        model__num_layers=num_layers,
+        model__dense_ffn_hidden_size=DENSE,
+        model__expert_ffn_hidden_size=EXPERT,
+        model__num_slots=SLOTS,
+        expert__kind=expert,
+        parallel__activation_checkpointing=checkpointing,
+        **{f"model__{key}": value for key, value in model.items()},
     )
 
 
@@ -89,6 +45,19 @@ def test_every_nth_mlp_is_a_moe_layer(moe_every, expected):
     model = _decoder(moe_every=moe_every)
     assert _moe_indices(model) == expected
     assert "model.layers.3.mlp" in dict(model.named_modules())
+
+
+@pytest.mark.parametrize(("moe_every", "first", "expected"), [(2, 0, [0, 2]), (3, 0, [0, 3]), (1, 2, [2, 3])])
+def test_moe_layers_may_begin_elsewhere(moe_every, first, expected):
+    assert _moe_indices(_decoder(moe_every=moe_every, moe_first=first)) == expected
+
+
+def test_the_output_layer_may_have_weights_of_its_own():
+    model = _decoder(tie_embeddings=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    tied = count_parameters(_decoder(), ep_size=1)
+    assert count_parameters(model, ep_size=1).in_slots == tied.in_slots + VOCAB_SIZE * HIDDEN
 
 
 def test_a_seed_gives_one_model_layers_differ_and_the_global_state_stays():
@@ -190,6 +159,8 @@ def test_parameter_counts_by_hand():
     assert count.live == dense + 2 * 4 * (per_expert + per_row)
     mean_k = {"model.layers.1.mlp": 1.5, "model.layers.3.mlp": 2.0}
     assert count.active_per_token(mean_k) == dense + 2 * 4 * per_row + 3.5 * per_expert
+    now = {"model.layers.1.mlp": 6, "model.layers.3.mlp": 3}
+    assert count.active_per_token(mean_k, now) == dense + 9 * per_row + 3.5 * per_expert
 
 
 def test_parameter_counts_do_not_depend_on_the_layout(monkeypatch):

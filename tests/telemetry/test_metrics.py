@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ def test_every_listed_name_has_a_meaning_and_a_group() -> None:
     for name, meaning in METRICS.items():
         assert name.partition("/")[0] in ("train", "eval", "moe")
         assert meaning.endswith(".") and "\n" not in meaning
-        assert meaning_of(name.replace("<layer>", "model.layers.3.mlp")) == meaning
+        real = name.replace("<layer>", "model.layers.3.mlp").replace("<kind>", "odd").replace("<value>", "p")
+        assert meaning_of(real) == meaning
 
 
 def test_a_metric_cannot_be_changed() -> None:
@@ -30,7 +33,11 @@ def test_a_metric_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["loss", "train/losses", "moe/mean_k/", "train/loss/model.layers.1", "moe/live_experts", "moe/mean_k/<layer>", ""],
+    [
+        *("loss", "train/losses", "moe/mean_k/", "train/loss/model.layers.1", "moe/live_experts", "moe/mean_k/<layer>"),
+        *("", "moe/mean_k_per_kind", "moe/mean_k_per_kind/", "moe/mean_k_per_kind/odd/", "moe/controller/p"),
+        *("moe/mean_k_per_kind/<kind>/a", "moe/controller/<value>/a", "moeXmean_k", "moe/load_entropy/\n"),
+    ],
 )
 def test_a_name_that_is_not_listed_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"There is no metric .*Use one of train/loss, .*metrics\.py"):
@@ -39,6 +46,7 @@ def test_a_name_that_is_not_listed_is_refused(name: str) -> None:
 
 def test_a_layer_name_may_hold_slashes() -> None:
     assert metric("moe/mean_k/vision/blocks/1", 1.0).name == "moe/mean_k/vision/blocks/1"
+    assert meaning_of("moe/mean_k_per_kind/odd") != meaning_of("moe/mean_k_per_kind/odd/vision/blocks/1")
 
 
 def test_an_unknown_reduction_is_refused() -> None:
@@ -122,3 +130,9 @@ def test_two_ranks_agree_on_every_value_and_on_every_error() -> None:
     assert errors["twice"] == ("ConfigError", "Rank 1 logs metric train/loss 2 times in one step. Log each name once.")
     assert errors["twice_everywhere"][0] == "ConfigError"
     assert results[0]["of_group"] == [metric("train/loss", 4.0)]
+
+
+def test_the_docs_have_every_metric_with_its_meaning() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| `\w+/", line)]
+    assert [(name.strip("`"), meaning) for name, meaning in rows] == list(METRICS.items())

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dynmoe_ds.errors import DataError
+from dynmoe_ds.telemetry.drawing import new_figure, smoothed, tokens_above
 from dynmoe_ds.telemetry.history import LoadLine, Series, read_history
-from dynmoe_ds.telemetry.pictures import MAX_EXPERTS_SHOWN, evenly_chosen, merged_loads, short_names, smoothed
+from dynmoe_ds.telemetry.pictures import MAX_EXPERTS_SHOWN, draw_pictures, evenly_chosen, merged_loads, short_names
 from dynmoe_ds.telemetry.report import write_report
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from tests.telemetry.events_for_tests import LAYER, event
@@ -58,13 +59,13 @@ def test_a_whole_run_gives_one_page_that_needs_nothing_else(tmp_path: Path) -> N
     assert report == path / "report.html"
     text = report.read_text()
     page = Page(text)
-    assert len(page.addresses) == page.tags.count("img") == page.tags.count("figcaption") == 8
+    assert len(page.addresses) == page.tags.count("img") == page.tags.count("figcaption") == 9
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text) and "@import" not in text
     assert "color-scheme: light dark" in text and "prefers-color-scheme: dark" in text
     pictures = {file.name for file in (path / "pictures").iterdir()}
     assert pictures == {
-        "loss.png", "live_experts.png", "mean_k.png", "unrouted_share.png",
+        "loss.png", "live_experts.png", "mean_k.png", "mean_k_by_layer.png", "unrouted_share.png",
         "lives_00.png", "lives_01.png", "load_00.png", "load_01.png",
     }  # fmt: skip
     assert all((path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
@@ -96,6 +97,57 @@ def test_the_headline_facts_are_the_folder_s(tmp_path: Path) -> None:
     found = facts(write_report(tmp_path).read_text())
     assert found["training tokens seen"] == "123.5k"
     assert found["final training loss"] == "not a finite number"
+
+
+def test_active_parameters_are_among_the_facts_where_they_were_logged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(10, {"moe/active_parameters": 458_900_000.0}, time_s=5.0)
+    folder.append_metrics(20, {"moe/active_parameters": 373_900_000.0}, time_s=9.0)
+    assert facts(write_report(tmp_path).read_text())["active parameters per token at the end"] == "373.9M"
+    folder.append_metrics(30, {"moe/active_parameters": math.nan}, time_s=10.0)
+    assert facts(write_report(tmp_path).read_text())["active parameters per token at the end"] == "not a finite number"
+
+
+def run_of_two_layers(path: Path, values: dict[int, tuple[float, float]]) -> Path:
+    """A run that logged the mean k of two layers and the tokens seen, 500 a step, by step."""
+    folder = RunFolder(path)
+    for step, (first, second) in values.items():
+        of_layers = {"moe/mean_k/layers.0.mlp": first, "moe/mean_k/layers.2.mlp": second}
+        of_layers |= {"moe/live_experts/layers.0.mlp": 4, "moe/live_experts/layers.2.mlp": 4}
+        folder.append_metrics(step, {**of_layers, "train/tokens_seen": step * 500}, time_s=step)
+    folder.close()
+    return path
+
+
+def test_mean_k_is_drawn_over_steps_and_tokens_seen(tmp_path: Path) -> None:
+    run = run_of_two_layers(tmp_path, {10: (4.0, 1.0), 40: (3.0, 2.0)})
+    assert "The upper axis counts the training tokens seen." in report_of(run).words
+    figure, axes = new_figure(3.0)
+    axes.set_xlim(0, 40)
+    assert tokens_above(axes, read_history(run)) != ""
+    figure.canvas.draw()
+    (above,) = axes.child_axes
+    assert above.get_xlim() == pytest.approx((0, 20_000))
+    assert above.get_xlabel() == "training tokens seen"
+    assert "10.0k" in [label.get_text() for label in above.get_xticklabels()]
+
+
+def test_without_tokens_seen_there_is_one_axis(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", steps=10)
+    assert "upper axis" not in report_of(run).words
+    _, axes = new_figure(3.0)
+    assert tokens_above(axes, read_history(run)) == "" and axes.child_axes == []
+
+
+def test_mean_k_by_layer_shows_every_layer_at_the_first_and_the_last_log_line(tmp_path: Path) -> None:
+    def picture(name: str, values: dict[int, tuple[float, float]]) -> bytes:
+        history = read_history(run_of_two_layers(tmp_path / name, values))
+        return next(picture.png for picture in draw_pictures(history) if picture.name == "mean_k_by_layer")
+
+    shown = picture("a", {1: (4.0, 1.0), 2: (3.0, 2.0), 3: (3.0, 1.5)})
+    assert picture("middle", {1: (4.0, 1.0), 2: (9.0, 9.0), 3: (3.0, 1.5)}) == shown
+    assert picture("first", {1: (4.0, 2.0), 2: (3.0, 2.0), 3: (3.0, 1.5)}) != shown
+    assert picture("last", {1: (4.0, 1.0), 2: (3.0, 2.0), 3: (3.5, 1.5)}) != shown
 
 
 def test_the_lives_are_those_of_the_events(tmp_path: Path) -> None:
@@ -158,7 +210,7 @@ def test_no_events_one_log_line_and_no_evaluation(tmp_path: Path) -> None:
     page = report_of(write_fake_run(tmp_path / "a", steps=5, adapt_every=0, eval_every=0))
     assert "No adaptation took place in this run." in page.words
     assert "not recorded" in page.words
-    assert page.tags.count("img") == 8
+    assert page.tags.count("img") == 9
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
@@ -186,7 +238,7 @@ def test_a_run_without_expert_layers_and_one_that_diverged(tmp_path: Path) -> No
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_dozens_of_layers_are_capped_and_said_to_be(tmp_path: Path) -> None:
     page = report_of(write_fake_run(tmp_path / "run", steps=60, num_layers=24))
-    assert page.tags.count("img") == 4 + 2 * 8
+    assert page.tags.count("img") == 5 + 2 * 8
     assert "8 of the 24 layers are shown, evenly spread over the depth" in page.words
     assert page.words.count("model.layers.45.mlp") >= 1  # not drawn, but in the table
 

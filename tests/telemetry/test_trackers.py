@@ -160,16 +160,20 @@ def test_without_a_stream_lines_go_to_logging(caplog: pytest.LogCaptureFixture) 
                 grown=[
                     {"expert_id": 7, "slot": 1, "rank": 0, "parent_id": 2, "seeding": "copy_nearest"},
                     {"expert_id": 8, "slot": 4, "rank": 1, "parent_id": None, "seeding": "mean"},
+                    {"expert_id": 9, "slot": 5, "rank": 1, "parent_id": 7, "seeding": "split"},
                 ],
             ),
-            [f"step 60: layer {LAYER} grew expert 7 (copy_nearest of 2), expert 8 (mean) -> 5 live of 16 slots"],
+            [
+                f"step 60: layer {LAYER} grew expert 7 (copy_nearest of 2), expert 8 (mean), expert 9 (split of 7) "
+                "-> 5 live of 16 slots"
+            ],
         ),
         (event(pruned=[], grown=[]), []),
         (
             event(pruned=[], grown=[], live_after=16, out_of_slots=True, warnings=("k is high",)),
             [
                 f"step 60: layer {LAYER} is out of slots: 16 of 16 are live, so no further expert could be added. "
-                "Raise model.num_slots, or grow less (adaptation.min_unrouted_share), or prune more "
+                "Raise model.num_slots, or end growth earlier (adaptation.last_growth_step), or prune more "
                 "(adaptation.prune_below_share).",
             ],
         ),

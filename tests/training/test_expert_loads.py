@@ -1,8 +1,11 @@
+import math
+
+import pytest
 import torch
 
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
-from dynmoe_ds.training.expert_loads import ExpertLoads
+from dynmoe_ds.training.expert_loads import ExpertLoads, load_entropy
 
 
 def _records(tokens_per_slot: list[int], num_tokens: int, num_unrouted: int) -> RoutingRecords:
@@ -26,12 +29,14 @@ def test_loads_follow_experts_when_a_slot_changes_hands():
     now = {"a": _placement(0, 2, 3)}
     loads.add({"a": _records([6, 4, 0], 10, 0)}, now)
     assert loads.line(now) == {"a": {"load": {0: 16, 2: 4, 3: 0, 1: 5}, "num_tokens": 20, "num_unrouted": 1}}
-    metrics = {metric.name: metric.value for metric in loads.metrics(now)}
+    metrics = {metric.name: metric.value for metric in loads.metrics("moe")}
+    # Four experts were live while tokens were counted; expert 3 took none.
+    entropy = -sum(share * math.log(share) for share in (16 / 25, 5 / 25, 4 / 25)) / math.log(4)
     assert metrics == {
         "moe/mean_k/a": 25 / 20,
-        "moe/live_experts/a": 3,
         "moe/unrouted_share/a": 1 / 20,
         "moe/busiest_share/a": 16 / 20,
+        "moe/load_entropy/a": pytest.approx(entropy),
         "moe/mean_k": 25 / 20,
     }
 
@@ -40,11 +45,29 @@ def test_mean_k_is_the_mean_over_layers_and_free_slots_have_no_line():
     loads = ExpertLoads()
     now = {"a": _placement(0, None), "b": _placement(None, 4)}
     loads.add({"a": _records([8, 0], 8, 0), "b": _records([0, 4], 8, 4)}, now)
-    metrics = {metric.name: metric.value for metric in loads.metrics(now)}
-    assert metrics["moe/mean_k"] == 0.75
+    metrics = {metric.name: metric.value for metric in loads.metrics("eval")}
+    assert metrics["eval/mean_k"] == 0.75
     assert loads.line(now)["b"]["load"] == {4: 4}
 
 
 def test_without_moe_layers_there_is_nothing_to_log():
-    assert ExpertLoads().metrics({}) == []
+    assert ExpertLoads().metrics("moe") == []
     assert ExpertLoads().line({}) == {}
+
+
+def test_entropy_of_load_is_1_for_equal_and_0_for_one_busy_expert():
+    assert load_entropy([7, 7, 7]) == pytest.approx(1.0)
+    assert load_entropy([0, 9, 0, 0]) == 0.0
+    assert load_entropy([4]) == 1.0
+    assert load_entropy([3, 1, 0, 0]) == pytest.approx((0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4))
+
+
+def test_a_layer_that_nobody_used_has_no_entropy():
+    loads = ExpertLoads()
+    loads.add({"a": _records([0, 0], 8, 8)}, {"a": _placement(0, 1)})
+    assert {metric.name: metric.value for metric in loads.metrics("moe")} == {
+        "moe/mean_k/a": 0.0,
+        "moe/unrouted_share/a": 1.0,
+        "moe/busiest_share/a": 0.0,
+        "moe/mean_k": 0.0,
+    }

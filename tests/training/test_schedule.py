@@ -21,6 +21,13 @@ def test_values_by_hand(step, expected):
     assert rate == pytest.approx(2.0 * expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("step", "expected"), [(1, 0.5), (3, 1.0), (4, 0.85), (6, 0.55), (9, 0.1), (50, 0.1)])
+def test_a_linear_fall_by_hand(step, expected):
+    """Warm-up as above, then sixths of the way from 1 to 0.1."""
+    rate = learning_rate(step, peak=2.0, warmup_steps=4, total_steps=10, final_fraction=0.1, decay="linear")
+    assert rate == pytest.approx(2.0 * expected, rel=1e-12)
+
+
 def test_without_warm_up_the_rate_only_falls():
     rates = [learning_rate(step, peak=1.0, warmup_steps=0, total_steps=8, final_fraction=0.0) for step in range(8)]
     assert rates == sorted(rates, reverse=True)

@@ -4,79 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers.run_config import small_run
+from tests.helpers.saved_model import saved_model_loss
 from tests.helpers.spawn import run_ranks
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe_ds.adaptation import AdaptationConfig
-from dynmoe_ds.config.schema import (
-    DataConfig,
-    ExpertConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TelemetryConfig,
-    TrainingConfig,
-)
+from dynmoe_ds.config.load import load_config
+from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.errors import DynMoEError
-from dynmoe_ds.routing import TopAnyConfig
 from dynmoe_ds.telemetry import read_adaptation, read_experts, read_metrics
 from dynmoe_ds.training import Trainer, trainer
 
-STEPS = 12
-
 
 def _config(run_dir: Path, **parallel) -> RunConfig:
-    """Four sequences a step, logs at 5, 8, 10 and 12, evaluations at 8 and 12, adaptations at 4, 8 and 12."""
-    return RunConfig(
-        seed=0,
-        run_dir=str(run_dir),
-        model=ModelConfig(
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            dense_ffn_hidden_size=48,
-            expert_ffn_hidden_size=32,
-            moe_every=2,
-            num_experts=4,
-            num_slots=8,
-        ),
-        expert=ExpertConfig(kind="swiglu"),
-        router=TopAnyConfig(),
-        adaptation=AdaptationConfig(every_steps=4, window_steps=2, prune_below_share=0.95),
-        data=DataConfig(name="pydoc_topics", vocab_size=400, sequence_length=24, held_out_every=10),
-        optim=OptimConfig(
-            lr=3e-3,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.1,
-            warmup_steps=2,
-            final_lr_fraction=0.1,
-            gradient_clipping=1.0,
-        ),
-        parallel=ParallelConfig(
-            **{
-                "num_ranks": 1,
-                "ep_size": 1,
-                "zero_stage": 1,
-                "dtype": "float32",
-                "activation_checkpointing": "none",
-                "process_group_timeout_s": 30,
-                **parallel,
-            }
-        ),
-        training=TrainingConfig(
-            steps=STEPS,
-            micro_batch_size=4,
-            gradient_accumulation_steps=1,
-            log_every_steps=5,
-            eval_every_steps=8,
-            eval_sequences=5,
-            sample_prompt="The ",
-            sample_tokens=6,
-        ),
-        telemetry=TelemetryConfig(wandb_mode="disabled", wandb_project="none"),
-    )
+    return small_run(run_dir, **{f"parallel__{key}": value for key, value in parallel.items()})
 
 
 def _with_batch(config: RunConfig, micro: int, accumulation: int = 1) -> RunConfig:
@@ -153,10 +96,25 @@ def test_a_run_is_the_same_run_on_another_layout(layout, one_rank, tmp_path):
     for name in ("train/loss", "eval/loss", "train/tokens_seen", "moe/mean_k"):
         assert _values(tmp_path / "run", name) == pytest.approx(_values(one_rank, name), rel=1e-4), name
     assert _counts(tmp_path / "run") == _counts(one_rank)
+    assert saved_model_loss(tmp_path / "run") == pytest.approx(_values(tmp_path / "run", "eval/loss")[12], abs=1e-5)
 
 
 def _counts(run_dir: Path) -> list[dict]:
     return [event["layers"]["model.layers.1.mlp"]["tokens_per_expert"] for event in read_adaptation(run_dir)]
+
+
+def _train_as_configured(rank: int, world_size: int, overrides: list[str]) -> None:
+    Trainer(load_config(overrides)).run()
+
+
+def test_zero_3_in_bfloat16_trains_and_saves_its_model(tmp_path):
+    shorter = ["training.steps=10", "training.eval_every_steps=10", "telemetry=disabled", "training.save_model=true"]
+    overrides = ["experiment=smoke", "parallel=zero3_bf16", f"run_dir={tmp_path / 'run'}", *shorter]
+    run_ranks(_train_as_configured, 2, overrides)
+    losses = _values(tmp_path / "run", "train/loss")
+    assert losses[10] < losses[5]
+    assert saved_model_loss(tmp_path / "run") == pytest.approx(_values(tmp_path / "run", "eval/loss")[10], abs=2e-3)
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def _interrupted(rank: int, world_size: int, config: RunConfig) -> dict:
@@ -190,7 +148,7 @@ def test_an_interrupt_keeps_what_was_written_and_says_so(tmp_path):
     assert list(result["rates"]) == [pytest.approx(1.65e-3)]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [5]
     assert (tmp_path / "run" / "report.html").exists()
-    assert not (tmp_path / "run" / "sample.txt").exists()
+    assert not (tmp_path / "run" / "sample.txt").exists() and not (tmp_path / "run" / "model").exists()
 
 
 def _refusals(rank: int, world_size: int, configs: list[RunConfig]) -> list[str]:

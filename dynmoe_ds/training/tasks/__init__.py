@@ -1,0 +1,24 @@
+"""Tasks: what a run learns. Each is one file that satisfies the protocol `Task`; the kind of data chooses it."""
+
+from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig, TextDataConfig, TokenShardsConfig
+from dynmoe_ds.training.tasks.classification import GlueFineTuning, ImageClassification
+from dynmoe_ds.training.tasks.language_modeling import LanguageModeling
+from dynmoe_ds.training.tasks.task import Task
+
+
+def build_task(config: RunConfig) -> Task:
+    """The task that `config.data` calls for, with its data loaded.
+
+    Collective: every rank. Raises: DataError, on every rank, for data that cannot be used, and ConfigError for a
+    pretrained model that cannot take them.
+    """
+    match config.data:
+        case TextDataConfig() | TokenShardsConfig():
+            return LanguageModeling(config)
+        case GlueDataConfig():
+            return GlueFineTuning(config)
+        case ImageFolderConfig():
+            return ImageClassification(config)
+
+
+__all__ = ["GlueFineTuning", "ImageClassification", "LanguageModeling", "Task", "build_task"]
