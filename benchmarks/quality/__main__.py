@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import platform
 import sys
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.quality.jobs import result_path, run_job
 from benchmarks.quality.report import write_report
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.variants import VARIANTS
@@ -94,29 +93,6 @@ def run_all(args: argparse.Namespace, names: list[str]) -> list[str]:
         if failed:
             return failed
     return []
-
-
-def result_path(name: str, task: str, seed: int, steps: int, folder: Path) -> Path:
-    from benchmarks.quality.cell import Cell
-
-    return folder / f"{Cell(variant=VARIANTS[name], task=task, seed=seed, steps=steps).name}.json"
-
-
-def run_job(name: str, task: str, seed: int, steps: int, folder: Path) -> str:
-    """Run one cell and write its result aside, then under its name; the error as text, empty for none."""
-    logging.disable(logging.WARNING)
-    from benchmarks.quality.cell import Cell, run_cell
-
-    path = result_path(name, task, seed, steps, folder)
-    try:
-        result = run_cell(Cell(variant=VARIANTS[name], task=task, seed=seed, steps=steps), folder)
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(result))
-    aside.replace(path)
-    return ""
 
 
 def read(folder: Path, steps: int) -> list[dict]:

@@ -85,15 +85,20 @@ class SmallTransformer(nn.Module):
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Normal weights for everything that is dense; embeddings 0.5, matrices 1/√fan-in, down-projections halved."""
+    """Embeddings normal with 0.5, matrices with 1/√fan-in (half of it for the attention's output).
+
+    The dense FFNs start as experts do, uniform in ±1/√fan-in; experts have their own seeds and are left as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.5, generator=generator)
             elif isinstance(module, nn.Linear):
-                module.weight.normal_(0, module.in_features**-0.5, generator=generator)
-                if name.endswith((".out", ".w2")):
-                    module.weight.mul_(0.5)
+                scale = module.in_features**-0.5
+                if ".ffn." in name:
+                    module.weight.uniform_(-scale, scale, generator=generator)
+                else:
+                    module.weight.normal_(0, scale / 2 if name.endswith(".out") else scale, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()

@@ -235,11 +235,12 @@ def draw(results: Results, path: Path) -> None:
                 fmt="o", color=colours[VARIANTS[name].group], elinewidth=0.8, markersize=4,
             )  # fmt: skip
             axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axis.margins(x=0.15)  # room for the names
         axis.set(xscale="log", xlabel="active parameters per token, thousands", title=task)
         axis.set_ylabel("held-out loss on judge, nats (mean and range over seeds)")
         axis.grid(alpha=0.3, which="both")
     handles = [plt.Line2D([], [], marker="o", ls="", color=colours[group], label=group) for group in groups]
-    axes[0][-1].legend(handles=handles, fontsize=8, loc="upper right")
-    figure.tight_layout()
+    figure.legend(handles=handles, fontsize=8, loc="lower center", ncols=len(handles))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -27,14 +27,16 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(1200)
 def test_every_cell_runs_and_none_runs_twice(tmp_path: Path) -> None:
-    said = run(tmp_path, "--only", "dense", "--tasks", "digits")
-    assert said.startswith("1/1  digits") and len(list(tmp_path.glob("*-60-*.json"))) == 1
-    said = run(tmp_path)
+    said = run(tmp_path, "--only", "dense", "top-any budget 2")
+    assert said.startswith("1/4  ") and len(list(tmp_path.glob("*-60-*.json"))) == 4
+    said = run(tmp_path, "--tasks", "digits")
     assert said.splitlines()[-1].endswith("quality.png")
     cells = json.loads((tmp_path / "quality.json").read_text())["cells"]
-    assert [(cell["task"], cell["variant"]) for cell in cells] == [(t, v) for t in ("text", "digits") for v in VARIANTS]
-    assert said.count("  ok  ") == len(cells) - 1, "the cell from before is not run again"
+    on_text = [("text", "dense"), ("text", "top-any budget 2")]
+    assert [(cell["task"], cell["variant"]) for cell in cells] == [*on_text, *(("digits", name) for name in VARIANTS)]
+    assert said.count("  ok  ") == len(VARIANTS) - 2, "the cells from before are not run again"
     for cell in cells:
         judge = cell["final"]["judge"]
         assert math.isfinite(judge["loss"]) and 0 < judge["loss"] < cell["curve"][0]["loss"] + 0.1, cell["variant"]
@@ -133,3 +135,16 @@ def test_dense_is_the_size_of_two_experts() -> None:
     dense, two = VARIANTS["dense"], VARIANTS["top-2 of 16"]
     assert dense.router is None and dense.ffn_hidden_size == 2 * two.ffn_hidden_size
     assert isinstance(two.router, dm.TopKConfig)
+
+
+def test_a_dense_ffn_starts_as_an_expert_does() -> None:
+    dense, sparse = (
+        build_model(Cell(variant=VARIANTS[name], task="digits", seed=0, steps=1), DigitsTask())
+        for name in ("dense", "top-1 of 4")
+    )
+    for name in ("w1", "w3"):
+        weight = dense.get_parameter(f"blocks.0.ffn.{name}.weight")
+        expert = sparse.get_parameter(f"blocks.0.ffn.experts.{name}")
+        assert float(weight.abs().max()) == pytest.approx(float(expert.abs().max()), rel=0.01)
+        assert float(weight.std()) == pytest.approx(float(expert.std()), rel=0.05)
+    assert torch.equal(dense.blocks[0].attention.qkv.weight, sparse.blocks[0].attention.qkv.weight)  # type: ignore[union-attr]
