@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from dynmoe_ds.config.groups import config_groups
+
+LINE_LENGTH = 100
 
 EXIT_CODES = """exit codes:
   0  done      1  failed      2  a fault in the command, the configuration or the data      130  interrupted
@@ -13,7 +17,16 @@ def override_help() -> str:
     """How overrides are written, and every group with its options."""
     groups = config_groups()
     width = max(len(group) for group in groups) + 1
-    lines = [f"  {group + '=':<{width}} {' | '.join(options)}" for group, options in groups.items()]
+    lines = [
+        textwrap.fill(
+            " | ".join(options),
+            width=LINE_LENGTH,
+            initial_indent=f"  {group + '=':<{width}} ",
+            subsequent_indent=" " * (width + 3),
+            break_on_hyphens=False,
+        )
+        for group, options in groups.items()
+    ]
     return "\n".join(
         (
             "overrides, any number of them:",
