@@ -72,9 +72,8 @@ class Budget(ExactBuffers):
 
     control, error_sum: float64 scalars. num_updates: int64 scalar. All are in the state dict.
     limit: greatest size of `control` that can have an effect; the sum stops growing there, or it would take as long to
-    come back. relative_to_target: whether e is (mean k − target) / target instead. error_limit: greatest size of e;
-    what is further off counts as that. k_max: the router's hard bound per token.
-    Source of the form: DTop-p, arXiv 2512.13996, equation for p with the sign turned.
+    come back. k_max: the router's hard bound per token. Source of the form: DTop-p, arXiv 2512.13996, equation for p
+    with the sign turned.
     """
 
     control: Tensor
@@ -88,8 +87,6 @@ class Budget(ExactBuffers):
         proportional_gain: float,
         integral_gain: float,
         limit: float = inf,
-        relative_to_target: bool = False,
-        error_limit: float = inf,
         k_max: int | None = None,
     ) -> None:
         super().__init__()
@@ -97,8 +94,6 @@ class Budget(ExactBuffers):
         self.proportional_gain = proportional_gain if config.proportional_gain is None else config.proportional_gain
         self.integral_gain = integral_gain if config.integral_gain is None else config.integral_gain
         self.limit = limit
-        self.relative_to_target = relative_to_target
-        self.error_limit = error_limit
         self.k_max = k_max
         self.register_buffer("control", torch.zeros((), dtype=torch.float64))
         self.register_buffer("error_sum", torch.zeros((), dtype=torch.float64))
@@ -119,9 +114,7 @@ class Budget(ExactBuffers):
     @torch.no_grad()
     def update(self, mean_k: Tensor, num_live: Tensor) -> None:
         """Take in one optimiser step: its mean k and the (mean) number of live experts, float64 scalars."""
-        target = self.target(num_live)
-        error = (mean_k - target) / (target if self.relative_to_target else num_live)
-        error.clamp_(-self.error_limit, self.error_limit)
+        error = (mean_k - self.target(num_live)) / num_live
         bound = self.limit / self.integral_gain
         self.error_sum.add_(error).clamp_(-bound, bound)
         self.control.copy_(self.proportional_gain * error + self.integral_gain * self.error_sum)

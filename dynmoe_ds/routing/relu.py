@@ -16,14 +16,17 @@ from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
 
-BUDGET_LAMBDA = 0.005
-"""λ under a budget is this times sinh(control)."""
-
 LAMBDA_FLOOR = 1e-3
 """Least λ of ReMoE's rule, as a share of `lambda_init`."""
 
 FALLBACK_SHARE = 0.1
 """Weight of the expert that serves a token without an open one at evaluation, as a share of `score_scale`."""
+
+BUDGET_LAMBDA = 2e-3
+"""λ under a budget is this times sinh(control)."""
+
+OPENING_FACTOR = 4.0
+"""How much stronger the loss that opens experts is than the one that closes them, which has the data on its side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +104,25 @@ class ReluConfig(RouterConfig):
         return found
 
 
+class SparsityBudget(Budget):
+    """A budget for what answers slowly: `control = kp e + ki Σ e` with `e = (mean k − target) / target`, within bounds.
+
+    kp e stays within ±2.5, and what a step adds to ki Σ e within ±0.12: far from the target a greater error must not
+    let the sum run ahead of what it has set in motion.
+    """
+
+    @torch.no_grad()
+    def update(self, mean_k: Tensor, num_live: Tensor) -> None:
+        """Take in one optimiser step: its mean k and the (mean) number of live experts, float64 scalars."""
+        target = self.target(num_live)
+        error = (mean_k - target) / target
+        step, bound = 0.12 / self.integral_gain, self.limit / self.integral_gain
+        self.error_sum.add_(error.clamp(-step, step)).clamp_(-bound, bound)
+        proportional = (self.proportional_gain * error).clamp(-2.5, 2.5)
+        self.control.copy_(proportional + self.integral_gain * self.error_sum)
+        self.num_updates.add_(1)
+
+
 @register_router("relu", ReluConfig, relu_budget=ReluConfig.budgeted)
 class ReluRouter(Router):
     """`R_e(x) = ReLU(c w_e · x)` with c = score_scale: weight of expert e, which is open to x if it is above 0.
@@ -112,10 +134,10 @@ class ReluRouter(Router):
     Over the tokens of this rank and micro step. Its weight λ is multiplied by `lambda_factor` after an optimiser step
     whose mean k was above the target, and divided by it after one below.
 
-    With a budget `λ = 1e-3 sinh(control)`: the controller moves log λ, by no more than log 1.2 a step as ReMoE does and
-    near the target by less. As the L1 loss can only close experts, a negative λ is the weight of the loss `opening`
-    instead, `(1/T) Σ_t Σ_e ReLU(−c w_e · x_t)`. It also reaches experts that are closed to everybody, which otherwise
-    have no gradient.
+    With a budget `λ = 0.002 sinh(control)`: far from 0 the controller moves log λ. As the L1 loss can only close
+    experts, a negative λ is the weight of the loss `opening` instead, `4 k / (K − k) (1/T) Σ_t Σ_e ReLU(−c w_e · x_t)`:
+    with closed scores as great as open ones, four times an L1 loss. It also reaches experts that are closed to
+    everybody, which otherwise have no gradient.
 
     A token without an open expert gets zeros in training. At evaluation the expert of its greatest score serves it,
     with the weight 0.1 · score_scale: the model has learned zeros there, and greater weights made it worse
@@ -134,14 +156,8 @@ class ReluRouter(Router):
         if config.budget is None:
             self.register_buffer("l1_coefficient", torch.tensor(config.lambda_init, dtype=torch.float64))
         else:
-            self.budget = Budget(
-                config.budget,
-                proportional_gain=8.0,
-                integral_gain=0.8,
-                limit=10.0,
-                relative_to_target=True,
-                error_limit=0.3,
-                k_max=config.k_max,
+            self.budget = SparsityBudget(
+                config.budget, proportional_gain=12.0, integral_gain=1.2, limit=6.0, k_max=config.k_max
             )
 
     @property
@@ -228,5 +244,6 @@ class ReluRouter(Router):
         found = {"l1": strengths.sum()}
         if self.budget is not None:
             depths = torch.where(eligible & ~is_open, -scores, 0.0).sum() / num_tokens
-            found["opening"] = depths * self.config.wanted_k / (active.sum() - self.config.wanted_k).clamp_min(1)
+            odds = self.config.wanted_k / (active.sum() - self.config.wanted_k).clamp_min(1)
+            found["opening"] = OPENING_FACTOR * odds * depths
         return found
