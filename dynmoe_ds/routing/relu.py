@@ -224,7 +224,10 @@ class ReluRouter(Router):
         axis = mean / (mean @ mean)
         along = (tokens @ axis)[:, None]
         ratios = (tokens @ rows.T / along).masked_fill(along <= 0, -torch.inf)
-        rows = rows - torch.stack([halving_threshold(column, load) for column in ratios.T])[:, None] * axis
+        shifted = rows - torch.stack([halving_threshold(column, load) for column in ratios.T])[:, None] * axis
+        # Of tokens that point everywhere alike every row is open to half, and no direction makes it less.
+        if 0 < (tokens @ shifted.T > 0).sum() < (tokens @ rows.T > 0).sum():
+            rows = shifted
         rows *= torch.relu(tokens @ row).sum() / torch.relu(tokens @ rows.T).sum()
         weight[halves] = rows.to(weight)
         return {"weight": weight}
@@ -236,14 +239,13 @@ class ReluRouter(Router):
     def _aux_losses(
         self, scores: Tensor, is_open: Tensor, eligible: Tensor, active: Tensor, real: Tensor | None
     ) -> dict[str, Tensor]:
+        target, num_live = self.config.wanted_k, active.sum().to(scores.dtype)
         num_tokens = losses.num_real_tokens(scores, real).clamp_min(1)
         strengths = torch.where(is_open, scores, 0.0).sum(0) / num_tokens
         if self.config.load_balanced:
-            load = is_open.sum(0).to(scores.dtype) / num_tokens
-            strengths = strengths * load * active.sum() / self.config.wanted_k
+            strengths = strengths * (is_open.sum(0).to(scores.dtype) / num_tokens * num_live / target)
         found = {"l1": strengths.sum()}
         if self.budget is not None:
             depths = torch.where(eligible & ~is_open, -scores, 0.0).sum() / num_tokens
-            odds = self.config.wanted_k / (active.sum() - self.config.wanted_k).clamp_min(1)
-            found["opening"] = OPENING_FACTOR * odds * depths
+            found["opening"] = OPENING_FACTOR * target / (num_live - target).clamp_min(1) * depths
         return found
