@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-NUM_BINS = 512
+NUM_BINS = 1024
 SMALLEST, GREATEST = 1e-3, 1e4
 """Bins are as wide as the scores are great from SMALLEST to GREATEST, equally wide within ±SMALLEST, and mirrored."""
 
@@ -17,7 +17,7 @@ _RANGE = math.asinh(GREATEST / SMALLEST)
 def bin_edges(device: torch.device | None = None) -> Tensor:
     """The NUM_BINS + 1 edges of the bins in ascending order, float64.
 
-    Equal steps of asinh(score / SMALLEST): 0.066, so that a bin is 6.6 % of its score wide, or 7e-5 near 0.
+    Equal steps of asinh(score / SMALLEST): 0.033, so that a bin is 3.3 % of its score wide, or 3.3e-5 near 0.
     """
     steps = torch.linspace(-_RANGE, _RANGE, NUM_BINS + 1, dtype=torch.float64, device=device)
     return SMALLEST * torch.sinh(steps)
