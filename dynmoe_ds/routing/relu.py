@@ -26,7 +26,7 @@ BUDGET_LAMBDA = 2e-3
 """λ under a budget is this times sinh(control)."""
 
 OPENING_FACTOR = 4.0
-"""How much stronger the loss that opens experts is than the one that closes them, which has the data on its side."""
+"""How much stronger the loss that opens experts is than the one that closes them, so that both move k about as fast."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,8 @@ class ReluConfig(RouterConfig):
     model (gate entries of 0.01, 768 wide) and leaves the weights of 16 experts a sum of 1.8 and a 2-norm of 0.8.
     lambda_init, lambda_factor: λ of the first step, and what it is multiplied or divided by after a step with too many
     or too few experts. load_balanced: whether the L1 loss weighs experts by their load. k_max: most experts per token;
-    those with the greatest weights stay. budget: takes the place of target_k, lambda_init and lambda_factor.
+    those with the greatest weights stay. budget: takes the place of target_k, lambda_init and lambda_factor; its gains
+    answer to the error as a share of the target. Give it a warm-up, as `budgeted()` does (docs/routers.md).
     Source: arXiv 2412.14711 §3.2 to §3.4 and the authors' public code.
     """
 
@@ -228,7 +229,9 @@ class ReluRouter(Router):
         # Of tokens that point everywhere alike every row is open to half, and no direction makes it less.
         if 0 < (tokens @ shifted.T > 0).sum() < (tokens @ rows.T > 0).sum():
             rows = shifted
-        rows *= torch.relu(tokens @ row).sum() / torch.relu(tokens @ rows.T).sum()
+        together = torch.relu(tokens @ rows.T).sum()
+        if together > 0:
+            rows = rows * (torch.relu(tokens @ row).sum() / together)
         weight[halves] = rows.to(weight)
         return {"weight": weight}
 
