@@ -36,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=Path("runs/quality"), help="folder of the cells' results")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the report")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of every cell")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of every cell")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS, reverse=True))
     parser.add_argument("--only", nargs="+", choices=sorted(VARIANTS), metavar="VARIANT", help="these variants only")

@@ -45,6 +45,9 @@ class Cell:
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Train, evaluate on both held-out splits, and give everything that the report needs as plain values.
 
+    Time is the processor time of this process with its one thread: what training takes on a core of its own, whatever
+    else the machine does.
+
     Weights are kept in `folder` for variants that continue from others.
     """
     torch.set_num_threads(1)
@@ -74,7 +77,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     engine.train()
     select = task.held_out("select")
     for step in range(cell.steps):
-        start = time.perf_counter()
+        start = time.process_time()
         engine.set_lr(
             variant.lr_factor
             * learning_rate(
@@ -90,7 +93,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         loss = losses(engine(**inputs_of(batch)), batch["targets"]).sum() / wanted.sum()
         engine.backward(loss)
         engine.step()
-        train_s += time.perf_counter() - start
+        train_s += time.process_time() - start
         events += [event.to_dict() for event in engine.take_events()]
         if (step + 1) % every == 0:
             records = engine.take_records()

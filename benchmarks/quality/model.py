@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -88,10 +89,11 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Embeddings normal with 0.5, matrices with 1/√fan-in (half of it for the attention's output).
 
     The dense FFNs start as experts do, uniform in ±1/√fan-in; experts have their own seeds and are left as they are.
+    Every module draws from a generator of its own, so that models differ in their FFNs alone.
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.named_modules():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.5, generator=generator)
             elif isinstance(module, nn.Linear):

@@ -41,12 +41,15 @@ def _tables(results: Results, machine: Mapping[str, Any], steps: int) -> Iterato
     yield f"`python -m benchmarks.quality --steps {steps}`; " + ", ".join(f"{k} {v}" for k, v in machine.items()) + "."
     for task in dict.fromkeys(result["task"] for result in results):
         of_task = [result for result in results if result["task"] == task]
+        once = [result for result in of_task if VARIANTS[result["variant"]].resumed_from is None]
         yield from ("", f"## {task}", "")
-        yield from _main_table(of_task)
+        yield from _main_table(once)
         yield from ("", f"### Time to the final loss of {REFERENCE} ({task})", "")
-        yield from _time_table(of_task)
+        yield from _time_table(once)
         yield from ("", f"### Against the grid ({task})", "")
-        yield from _grid_lines(of_task)
+        yield from _grid_lines(once)
+        yield from ("", f"### Growth ({task})", "")
+        yield from _growth_table(of_task)
         if of_task[0]["final"]["judge"]["per_kind"]:
             yield from ("", f"### By question ({task})", "")
             yield from _kind_table(of_task)
@@ -111,9 +114,9 @@ def _time_table(results: Results) -> Iterator[str]:
     if REFERENCE not in variants:
         return
     goal = mean(cell["curve"][-1]["loss"] for cell in variants[REFERENCE])
-    yield f"Loss on `select`, {goal:.4f}. Means over the seeds that reach it; wall time of training alone, one thread."
+    yield f"Loss on `select`, {goal:.4f}. Means over the seeds that reach it; time of training alone, on one core."
     yield ""
-    yield _row("variant", "reached by", "steps", "training TFLOPs", "wall time, s")
+    yield _row("variant", "reached by", "steps", "training TFLOPs", "time, s")
     yield _row(*["---"] * 5)
     for name, cells in variants.items():
         reached = [point for cell in cells if (point := first_below(cell["curve"], goal)) is not None]
@@ -182,6 +185,46 @@ def _grid_lines(results: Results) -> Iterator[str]:
             )
 
 
+def _growth_table(results: Results) -> Iterator[str]:
+    """Every grown variant against the small pool it starts as and the large one it ends as, at the same router."""
+    variants = by_variant(results)
+    yield (
+        "Differences on `judge`, by seed, from the pool it starts as and from the pool it ends as, for as many steps. "
+        "Live experts: mean over training and layers, which is what a pool that follows them would hold in memory."
+    )
+    yield ""
+    yield _row("variant", "loss (judge)", "minus small pool", "minus large pool", "live experts, mean / at the end",
+               "training TFLOPs", "time, s")  # fmt: skip
+    yield _row(*["---"] * 7)
+    for name, cells in variants.items():
+        small, large = VARIANTS[name].grows_between
+        if not small:
+            continue
+        others = [{cell["seed"]: cell for cell in variants.get(other, [])} for other in (small, large)]
+
+        def minus(at_seed: Mapping[int, Any], cells: Results = cells) -> str:
+            pairs = [(cell, at_seed[cell["seed"]]) for cell in cells if cell["seed"] in at_seed]
+            losses = ([cell["final"]["judge"]["loss"] for cell in pair] for pair in pairs)
+            return spread(ours - theirs for ours, theirs in losses) if pairs else "–"
+
+        for label, of_label in ((f"*{small}*", variants.get(small)), (f"*{large}*", variants.get(large))):
+            if of_label:
+                yield _growth_row(label, of_label, "", "")
+        yield _growth_row(f"**{name}**", cells, *(minus(other) for other in others))
+
+
+def _growth_row(label: str, cells: Results, *differences: str) -> str:
+    live = [mean(map(mean, cell["live"])) for cell in cells]
+    return _row(
+        label,
+        spread(judged(cells, lambda final: final["loss"])),
+        *differences,
+        f"{mean(live):.1f} / {mean(mean(cell['live'][-1]) for cell in cells):.1f}",
+        f"{mean(cell['curve'][-1]['train_flops'] for cell in cells) / 1e12:.3f}",
+        f"{mean(cell['train_s'] for cell in cells):.0f}",
+    )
+
+
 def _kind_table(results: Results) -> Iterator[str]:
     kinds = list(results[0]["final"]["judge"]["per_kind"])
     yield "Accuracy, and mean k of the question's token (by layer) and of the patches, on `judge`."
@@ -212,35 +255,48 @@ def _kind_table(results: Results) -> Iterator[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Held-out loss against mean active parameters, one panel per data set, bars over the seeds' range."""
+    """Held-out loss against mean active parameters, one panel per data set, bars over the seeds' range.
+
+    Points bear numbers, whose names stand beside the panel in the order of the loss. Variants that were trained longer
+    than the others are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results = [result for result in results if VARIANTS[result["variant"]].resumed_from is None]
     tasks = list(dict.fromkeys(result["task"] for result in results))
     if not tasks:
         return
-    groups = list(dict.fromkeys(variant.group for variant in VARIANTS.values()))
+    groups = list(dict.fromkeys(variant.group for variant in VARIANTS.values() if variant.resumed_from is None))
     colours = dict(zip(groups, plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(7.5 * len(tasks), 6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for name, cells in by_variant([result for result in results if result["task"] == task]).items():
+    figure, axes = plt.subplots(len(tasks), 1, figsize=(12, 7 * len(tasks)), squeeze=False)
+    for axis, task in zip(axes[:, 0], tasks, strict=True):
+        variants = by_variant([result for result in results if result["task"] == task])
+        ordered = sorted(variants.items(), key=lambda item: mean(judged(item[1], lambda final: final["loss"])))
+        handles = []
+        for number, (name, cells) in enumerate(ordered, 1):
             loss = judged(cells, lambda final: final["loss"])
             active = judged(cells, lambda final: final["active_parameters"] / 1e3)
             x, y = mean(active), mean(loss)
+            colour = colours[VARIANTS[name].group]
             axis.errorbar(
                 x, y,
                 xerr=[[x - min(active)], [max(active) - x]], yerr=[[y - min(loss)], [max(loss) - y]],
-                fmt="o", color=colours[VARIANTS[name].group], elinewidth=0.8, markersize=4,
+                fmt="o", color=colour, elinewidth=0.8, markersize=5,
             )  # fmt: skip
-            axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axis.margins(x=0.15)  # room for the names
+            # To one side and the other in turn: neighbours in loss are often neighbours in place.
+            axis.annotate(
+                f"{number}", (x, y), xytext=(6 if number % 2 else -6, 0), textcoords="offset points", fontsize=8,
+                color=colour, va="center", ha="left" if number % 2 else "right",
+            )  # fmt: skip
+            label = f"{number:>2}  {name}: {y:.3f}, {x:.0f}k"
+            handles.append(plt.Line2D([], [], marker="o", ls="", color=colour, label=label))
+        axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         axis.set(xscale="log", xlabel="active parameters per token, thousands", title=task)
         axis.set_ylabel("held-out loss on judge, nats (mean and range over seeds)")
         axis.grid(alpha=0.3, which="both")
-    handles = [plt.Line2D([], [], marker="o", ls="", color=colours[group], label=group) for group in groups]
-    figure.legend(handles=handles, fontsize=8, loc="lower center", ncols=len(handles))
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dynmoe_ds as dm
 from dynmoe_ds.routing import RouterConfig
@@ -16,7 +16,8 @@ class Variant:
     """group: for the table. router None: a dense FFN. growth: the adaptation for a number of steps; None for none.
 
     resumed_from: the variant whose trained weights it starts from, for the same number of steps once more.
-    is_continued: whether others start from it. lr_factor: on the peak learning rate.
+    is_continued: whether others start from it. grows_between: of a variant whose pool grows, the two variants of an
+    equal router that keep the pool it starts with, and the pool it ends with. lr_factor: on the peak learning rate.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Variant:
     growth: Callable[[int], dm.AdaptationConfig] | None = None
     resumed_from: str | None = None
     is_continued: bool = False
+    grows_between: tuple[str, ...] = ()
     lr_factor: float = 1.0
 
     def adaptation(self, steps: int) -> dm.AdaptationConfig | None:
@@ -70,6 +72,8 @@ def _split_strained(steps: int) -> dm.AdaptationConfig:
 
 def _all() -> list[Variant]:
     paper, recommended = dm.TopAnyConfig(), dm.TopAnyConfig.recommended()
+    # The recommendation of the study before this one.
+    cosine = replace(recommended, score="cosine", temperature=10.0, diversity_weight=0.01, simplicity_weight=0.01)
     found = [
         Variant(name="dense", group="dense", router=None, ffn_hidden_size=2 * EXPERT_FFN),
         Variant(name="dense x2", group="dense", router=None, ffn_hidden_size=4 * EXPERT_FFN),
@@ -93,6 +97,12 @@ def _all() -> list[Variant]:
         Variant(name="relu budget 2", group="relu", router=dm.ReluConfig.budgeted(2.0)),
         Variant(name="expert threshold 2", group="threshold", router=dm.ExpertThresholdConfig(target_k=2.0)),
         Variant(name="top-any paper", group="top-any", router=paper),
+        Variant(name="top-any cosine", group="top-any cosine", router=cosine),
+        Variant(
+            name="top-any cosine budget 2",
+            group="top-any cosine",
+            router=replace(cosine, price_weight=0.0, budget=budget),
+        ),
         Variant(name="top-any recommended", group="top-any", router=recommended),
         Variant(name="top-any budget 2", group="top-any", router=dm.TopAnyConfig.budgeted(2.0), is_continued=True),
         Variant(name="top-any budget 4", group="top-any", router=dm.TopAnyConfig.budgeted(4.0)),
@@ -102,7 +112,9 @@ def _all() -> list[Variant]:
             router=paper,
             num_experts=4,
             growth=_paper_growth,
+            grows_between=("top-any paper of 4", "top-any paper"),
         ),
+        Variant(name="top-any paper of 4", group="top-any", router=paper, num_experts=4, num_slots=4),
     ]
     budgeted = dm.TopAnyConfig.budgeted(2.0)
     for num_experts in (4, 8):
@@ -116,12 +128,19 @@ def _all() -> list[Variant]:
                 is_continued=num_experts == 4,
             )
         )
+    small, large = "top-any budget 2 of 4", "top-any budget 2"
     for rule, growth in (("all", _split_all), ("strained", _split_strained)):
         found.append(
-            Variant(name=f"4 split to 16 ({rule})", group="growth", router=budgeted, num_experts=4, growth=growth)
+            Variant(
+                name=f"4 split to 16 ({rule})",
+                group="growth",
+                router=budgeted,
+                num_experts=4,
+                growth=growth,
+                grows_between=(small, large),
+            )
         )
     # A trained checkpoint that continues: as small as it is, or split; against the large pool trained as long.
-    small, large = "top-any budget 2 of 4", "top-any budget 2"
     found += [
         Variant(
             name="trained 4, continued",
@@ -138,6 +157,7 @@ def _all() -> list[Variant]:
             router=budgeted,
             num_experts=4,
             growth=_split_all,
+            grows_between=("trained 4, continued", "trained 16, continued"),
             resumed_from=small,
             lr_factor=0.5,
         ),

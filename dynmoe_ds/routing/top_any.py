@@ -23,24 +23,27 @@ class TopAnyConfig(RouterConfig):
     """Top-any gating as in the paper; `recommended()` holds the best defaults known, `authors_code()` the later losses,
     `budgeted()` the best defaults at a mean number of experts that you choose.
 
-    temperature: τ in σ(τ s) and in the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` its share
-    of exp(τ s) among the chosen ones. straight_through: which margins the gate's gradient reaches, `all_live` (paper)
-    or `active_only` (the authors' code). training_fallback: what happens in training to a token without an open
-    gate, `none` (its output is zero) or `top_1` (its best live expert, whose forced gate keeps its gradient);
-    at evaluation it is always `top_1`. The best expert is the one with the greatest margin. Each auxiliary loss has its
-    own full weight, without a common factor; price_weight is per open expert and token, efficiency_weight per share of
-    the live experts that are open. load_balance_gradient: what the load-balance loss differentiates, the published
-    `gates`, which closes them too, or the `shares` g/k, which only moves load (see `losses.load_balance`).
-    k_max: most experts per token; of its open gates those with the greatest margins stay, the others count as closed.
-    budget: mean number of experts per token to hold, by an offset common to the layer's thresholds; the thresholds
-    themselves then say only how experts differ: their mean over the live experts is taken away. bias_update_speed: γ of
-    loss-free balancing in units of the cosine, 0 for none (`balancing_bias.py`).
+    score: what is compared with the thresholds, the paper's `cosine`, or with `softmax` log(K P), P being a softmax
+    over the K live experts: 0 for an expert that a token would take as often by chance. temperature: τ in σ(τ s) and in
+    the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` its share of exp(τ s) among the chosen
+    ones. straight_through: which margins the gate's gradient reaches, `all_live` (paper) or `active_only` (the authors'
+    code). training_fallback: what happens in training to a token without an open gate, `none` (its output is zero) or
+    `top_1` (its best live expert, whose forced gate keeps its gradient); at evaluation it is always `top_1`. The best
+    expert is the one with the greatest margin. Each auxiliary loss has its own full weight, without a common factor;
+    price_weight is per open expert and token, efficiency_weight per share of the live experts that are open.
+    load_balance_gradient: what the load-balance loss differentiates, the published `gates`, which closes them too, or
+    the `shares` g/k, which only moves load (see `losses.load_balance`). k_max: most experts per token; of its open
+    gates those with the greatest margins stay, the others count as closed. budget: mean number of experts per token to
+    hold, by an offset common to the layer's thresholds; the thresholds themselves then say only how experts differ:
+    their mean over the live experts is taken away. bias_update_speed: γ of loss-free balancing in units of the cosine,
+    0 for none (`balancing_bias.py`).
     Source: arXiv 2405.14297 §3.1 and §3.3; the terms after simplicity come from the authors' later code, price, budget
     and the recommended values from the study summed up in docs/decisions.md.
     """
 
     may_leave_unrouted: ClassVar[bool] = True
 
+    score: Literal["cosine", "softmax"] = "cosine"
     temperature: float = 1.0
     weighting: Literal["average", "softmax"] = "average"
     straight_through: Literal["active_only", "all_live"] = "all_live"
@@ -62,11 +65,13 @@ class TopAnyConfig(RouterConfig):
 
     @classmethod
     def recommended(cls) -> TopAnyConfig:
-        """The best defaults known: softmax weights, τ = 10, a top-1 floor in training, balance, a price per expert."""
+        """The best defaults known: a softmax, its shares as weights, a top-1 floor, balance, a price per expert."""
         return cls(
-            temperature=10.0,
+            score="softmax",
             weighting="softmax",
             training_fallback="top_1",
+            diversity_weight=0.0,
+            simplicity_weight=0.0,
             load_balance_weight=0.01,
             load_balance_gradient="shares",
             price_weight=0.01 / 16,
@@ -74,13 +79,18 @@ class TopAnyConfig(RouterConfig):
 
     @classmethod
     def budgeted(cls, target_k: float = 2.0) -> TopAnyConfig:
-        """As `recommended()`, with `target_k` experts per token on average; the budget takes the place of the price."""
-        return replace(cls.recommended(), price_weight=0.0, budget=BudgetConfig(target_k=target_k))
+        """As `recommended()`, with `target_k` experts per token on average; the budget takes the place of the price.
+
+        The load-balance loss is the published one: that it closes gates, too, does no harm where the budget opens them.
+        """
+        budget = BudgetConfig(target_k=target_k)
+        return replace(cls.recommended(), load_balance_gradient="gates", price_weight=0.0, budget=budget)
 
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []
         choices = {
+            "score": ("cosine", "softmax"),
             "weighting": ("average", "softmax"),
             "straight_through": ("active_only", "all_live"),
             "training_fallback": ("none", "top_1"),
@@ -119,9 +129,11 @@ class TopAnyConfig(RouterConfig):
     top_any_budget=TopAnyConfig.budgeted,
 )
 class TopAnyRouter(Router):
-    """`g_e(x) = [cos(x, w_e) > G_e]` with a straight-through gradient through `σ(τ s_e) − σ(τ G_e)`.
+    """`g_e(x) = [s_e > G_e]` with a straight-through gradient through `σ(τ s_e) − σ(τ G_e)`, `s_e = cos(x, w_e)`.
 
-    weight [S, D]: gate rows. threshold [S]: G.
+    weight [S, D]: gate rows. threshold [S]: G. With `score: softmax` s_e is `log(K P_e)`, P = softmax(W x) over the K
+    live experts: an expert is measured against the others for this token, so that `exp(τ s)` among the chosen ones is P
+    renormalised (at τ = 1), and G keeps its meaning when K changes.
 
     Which terms carry gradient: the combine weights depend on the gates of the chosen experts only, since the output of
     an expert that did not run is unknown. So a closed gate gets none from the output; with `all_live` it gets some from
@@ -152,13 +164,14 @@ class TopAnyRouter(Router):
             add_selection_bias(self)
         if config.budget is not None:
             # In units of the deviation of random tokens' scores. The next step's k answers to the control value at
-            # once, so a proportional part would make it swing and not settle earlier: docs/routers.md. The limit of 2
-            # takes any offset in [-1, 1] to any other.
+            # once, so a proportional part would make it swing and not settle earlier: docs/routers.md. The limits take
+            # any cosine to any other, and log P to where float32 sees no more of P.
+            is_cosine = config.score == "cosine"
             self.budget = Budget(
                 config.budget,
                 proportional_gain=0.0,
-                integral_gain=0.8 / hidden_size**0.5,
-                limit=2.0,
+                integral_gain=0.8 / hidden_size**0.5 if is_cosine else 0.8,
+                limit=2.0 if is_cosine else 16.0,
                 k_max=config.k_max,
             )
             self.register_buffer("level", torch.zeros((), dtype=torch.float64))
@@ -176,7 +189,7 @@ class TopAnyRouter(Router):
             hidden, weight = hidden.to(dtype), self.weight.to(dtype)
             threshold = self._thresholds(self.threshold.to(dtype), self._buffers.get(SELECTION_BIAS), active)
             rows = losses.unit_rows(weight, active)
-            scores = cosine_scores(hidden, rows)
+            scores = self._scores(hidden, weight, rows, active)
             eligible = active.expand_as(scores) if real is None else active & real[:, None]
 
             chosen = (scores > threshold) & eligible
@@ -212,8 +225,8 @@ class TopAnyRouter(Router):
         wanted = self._thresholds(threshold, bias, before).clone()
         load = int(split.chose_parent.sum())
         if load >= 2:
-            rows = losses.unit_rows(values["weight"], split.active)[halves]
-            scores = cosine_scores(split.hidden.to(rows.dtype), rows)
+            rows = losses.unit_rows(values["weight"], split.active)
+            scores = self._scores(split.hidden.to(rows.dtype), values["weight"], rows, split.active)[:, halves]
             wanted[halves] = torch.stack([halving_threshold(column, load) for column in scores.T]).to(wanted.dtype)
         shift = torch.where(split.active, wanted - self._thresholds(threshold, bias, split.active), 0.0)
         if self.budget is None:
@@ -224,15 +237,30 @@ class TopAnyRouter(Router):
             "level": self.level + shift.sum() / split.active.sum(),
         }
 
+    def _scores(self, hidden: Tensor, weight: Tensor, rows: Tensor, active: Tensor) -> Tensor:
+        """Scores [T, S], 0 for free slots; `rows` [S, D] are the `weight` [S, D] of the live slots at length 1."""
+        if self.config.score == "cosine":
+            return cosine_scores(hidden, rows)
+        logits = (hidden @ weight.T).masked_fill(~active, -torch.inf)
+        return torch.where(active, torch.log_softmax(logits, dim=1) + active.sum().to(logits.dtype).log(), 0.0)
+
     def _thresholds(self, threshold: Tensor, bias: Tensor | None, active: Tensor) -> Tensor:
         """What scores are compared with [S]: the parameters `threshold` [S], moved by balancing bias [S] and budget."""
         if bias is not None:
             threshold = threshold - _centred(bias.to(threshold.dtype), active)
         if self.budget is not None:
             num_live = active.sum()
-            start = cosine_quantile(self.budget.target(num_live) / num_live, self.weight.shape[1])
+            start = self._quantile(self.budget.target(num_live) / num_live)
             threshold = _centred(threshold, active) + (start + self.level + self.budget.control).to(threshold.dtype)
         return threshold
+
+    def _quantile(self, share: Tensor) -> Tensor:
+        """The score that `share` of the experts exceed, before training, for tokens that point everywhere alike."""
+        if self.config.score == "cosine":
+            return cosine_quantile(share, self.weight.shape[1])
+        # Rows of length 1 and normalised tokens (of root mean square 1) have standard normal logits z, and then
+        # log(K P) is about z − log E[exp z] = z − 1/2.
+        return -torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) - 0.5
 
     def _combine_weights(self, gates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         """Weights [T, S], 0 off the chosen experts, that sum to 1 for a token with any."""

@@ -164,7 +164,7 @@ def test_the_manifest_is_readable_and_says_how_to_build_the_model(one: Any) -> N
     assert manifest["config"]["num_hidden_layers"] == 2 and manifest["config"]["vocab_size"] == VOCAB
     assert manifest["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
     layer = manifest["layers"]["model.layers.1.mlp"]
-    assert layer["router"]["name"] == "top_any_recommended" and layer["router"]["temperature"] == 10.0
+    assert layer["router"]["name"] == "top_any_recommended" and layer["router"]["score"] == "softmax"
     del layer["router"]
     assert layer == {
         "hidden_size": 32,

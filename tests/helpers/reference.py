@@ -110,7 +110,7 @@ def expected(
     for t, h in enumerate(x):
         y = torch.zeros_like(h)
         if is_real[t]:
-            score = {e: cosine(h, rows[e]) for e in live}
+            score = _scores(h, rows, live, config)
             soft = {e: torch.sigmoid(tau * score[e]) - torch.sigmoid(tau * thresholds[e]) for e in live}
             chosen = sorted((e for e in live if score[e] > thresholds[e]), key=lambda e: -soft[e].item())
             chosen = chosen[: config.k_max]
@@ -158,6 +158,15 @@ def expected(
     )
 
 
+def _scores(h: Tensor, rows: Tensor, live: list[int], config: TopAnyConfig) -> dict[int, Tensor]:
+    """What is compared with the thresholds, by live slot."""
+    if config.score == "cosine":
+        return {e: cosine(h, rows[e]) for e in live}
+    logits = {e: (h * rows[e]).sum() for e in live}
+    total = sum(torch.exp(logit) for logit in logits.values())
+    return {e: torch.log(len(live) * torch.exp(logits[e]) / total) for e in live}
+
+
 def _thresholds(
     thresholds: Tensor, live: list[int], config: TopAnyConfig, hidden_size: int, control: float, bias: Tensor | None
 ) -> dict[int, Tensor]:
@@ -168,7 +177,8 @@ def _thresholds(
     if config.budget is not None:
         share = min(config.budget.target_k, len(live), config.k_max or len(live)) / len(live)
         z = -NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))
-        offset = z / (hidden_size - 1 + z * z) ** 0.5 + control
+        start = z / (hidden_size - 1 + z * z) ** 0.5 if config.score == "cosine" else z - 0.5
+        offset = start + control
         mean = sum(found.values()) / len(live)
         found = {e: found[e] - mean + offset for e in live}
     return found

@@ -89,8 +89,10 @@ def check(layer: dm.MoELayer, x: Tensor, real: Tensor | None = None) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(zip(("weighting", "straight_through", "training_fallback"), values, strict=True))
-        for values in product(("average", "softmax"), ("all_live", "active_only"), ("none", "top_1"))
+        dict(zip(("score", "weighting", "straight_through", "training_fallback"), values, strict=True))
+        for values in product(
+            ("cosine", "softmax"), ("average", "softmax"), ("all_live", "active_only"), ("none", "top_1")
+        )
     ],
     ids=lambda options: "-".join(options.values()),
 )
@@ -98,7 +100,8 @@ def test_layer_equals_the_formulas(options, expert, training):
     config = dm.TopAnyConfig(temperature=3.0, **options, **ALL_LOSSES)
     layer = make_layer(router=config, expert=expert).train(training)
     with torch.no_grad():
-        layer.router.threshold += 0.3 * layer.active  # some tokens have no open gate
+        # Some tokens have no open gate.
+        layer.router.threshold += (0.3 if config.score == "cosine" else 0.9) * layer.active
     x = tokens(15)
     check(layer, x)
     assert 0 < int((~layer.router(x, layer.active, None).unrouted).sum()) < 15
@@ -201,8 +204,10 @@ BOUNDED = {
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("straight_through", "fallback"), [("active_only", "none"), ("all_live", "top_1")])
 @pytest.mark.parametrize("bounds", BOUNDED)
-def test_bounded_layer_equals_the_formulas(bounds, fallback, straight_through, training):
+@pytest.mark.parametrize("score", ["cosine", "softmax"])
+def test_bounded_layer_equals_the_formulas(score, bounds, fallback, straight_through, training):
     config = dm.TopAnyConfig(
+        score=score,
         temperature=3.0,
         weighting="softmax",
         straight_through=straight_through,
@@ -214,7 +219,7 @@ def test_bounded_layer_equals_the_formulas(bounds, fallback, straight_through, t
     x, seen = tokens(15), []
     layer.router.register_forward_hook(lambda _, args, routing: seen.append(routing))
     for control in (-0.3, 0.3):  # nearly all gates open; many tokens without any
-        set_controllers(layer, control)
+        set_controllers(layer, control if score == "cosine" else 3 * control)
         layer.zero_grad()
         check(layer, *padding(layer, x))
     most = max(int(routing.mask.sum(1).max()) for routing in seen)

@@ -73,7 +73,7 @@ def carry_out(
 
 OPTIONS = {
     "plain": {},
-    "recommended": {"temperature": 10.0, "weighting": "softmax"},
+    "temperature": {"temperature": 10.0, "weighting": "softmax"},
     "bias": {"bias_update_speed": 0.001},
     "budget": {"budget": BudgetConfig(target_k=1.5)},
     "budget and bias": {"budget": BudgetConfig(target_k=1.5), "bias_update_speed": 0.001},

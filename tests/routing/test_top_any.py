@@ -30,6 +30,7 @@ def route(*, training: bool = True, real=None, threshold=(0.0, 0.7, -2.0), **opt
 
 def test_default_is_the_paper():
     assert asdict(TopAnyConfig()) == {
+        "score": "cosine",
         "temperature": 1.0,
         "weighting": "average",
         "straight_through": "all_live",
@@ -51,10 +52,13 @@ def test_presets():
     code, best = router_config("top_any_authors_code"), router_config("top_any_recommended")
     assert list(code.aux_loss_weights().values()) == [0.01, 0.01, 0.01, 0.01, 0.0]
     assert (code.straight_through, code.training_fallback, code.weighting) == ("active_only", "none", "average")
-    assert list(best.aux_loss_weights().values()) == [0.01, 0.01, 0.01, 0.0, 0.01 / 16]
-    assert (best.temperature, best.weighting, best.training_fallback) == (10.0, "softmax", "top_1")
+    assert list(best.aux_loss_weights().values()) == [0.0, 0.0, 0.01, 0.0, 0.01 / 16]
+    assert (best.score, best.temperature, best.weighting) == ("softmax", 1.0, "softmax")
+    assert (best.straight_through, best.training_fallback) == ("all_live", "top_1")
     assert (code.load_balance_gradient, best.load_balance_gradient) == ("gates", "shares")
-    assert router_config("top_any_budget") == replace(best, price_weight=0.0, budget=BudgetConfig(target_k=2.0))
+    assert router_config("top_any_budget") == replace(
+        best, load_balance_gradient="gates", price_weight=0.0, budget=BudgetConfig(target_k=2.0)
+    )
     assert TopAnyConfig.budgeted(3.5).budget == BudgetConfig(target_k=3.5)
 
 
@@ -317,6 +321,7 @@ def test_bias_and_budget_hold_load_and_k_together():
             "router.budget.target_k is 3.0 but no token may take more than router.k_max (2). Lower the one or raise "
             "the other.",
         ),
+        ({"score": "dot"}, "router.score is 'dot'. Use cosine or softmax."),
         ({"load_balance_gradient": "k"}, "router.load_balance_gradient is 'k'. Use gates or shares."),
         ({"weighting": "max"}, "router.weighting is 'max'. Use average or softmax."),
         ({"straight_through": "all"}, "router.straight_through is 'all'. Use active_only or all_live."),
