@@ -7,9 +7,9 @@ from dynmoe_ds import errors
 
 if TYPE_CHECKING:
     from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController
-    from dynmoe_ds.checkpoint import load_model, save_model
     from dynmoe_ds.config.load import load_config
     from dynmoe_ds.engine import initialize
+    from dynmoe_ds.export import load_model, save_model
     from dynmoe_ds.moe import MoELayer, StepLedger, upcycle
     from dynmoe_ds.routing import (
         BudgetConfig,
@@ -46,10 +46,10 @@ _ROOMS = {
     "Trainer": "training",
     "initialize": "engine",
     "load_config": "config.load",
-    "load_model": "checkpoint",
+    "load_model": "export",
     "mean_k_per_kind": "routing",
     "register_router": "routing",
-    "save_model": "checkpoint",
+    "save_model": "export",
     "upcycle": "moe",
 }
 

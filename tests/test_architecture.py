@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent / "dynmoe_ds"
 LEVELS = [
     {"cli"},
     {"training"},
-    {"checkpoint"},
+    {"export"},
     {"data", "models", "telemetry"},
     {"config"},
     {"engine"},
+    {"checkpoint"},
     {"adaptation"},
     {"moe"},
     {"dispatch"},

@@ -32,6 +32,14 @@ class RecordingWindow:
         """Whether an adaptation follows optimiser step `step`."""
         return self.end(step) == step
 
+    def records(self) -> dict[str, RoutingRecords]:
+        """The sums so far, which stay where they are."""
+        return dict(self._sum)
+
+    def set(self, records: dict[str, RoutingRecords]) -> None:
+        """Go on from sums that `records` gave."""
+        self._sum = dict(records)
+
     def take(self) -> dict[str, RoutingRecords]:
         """The window's sums of this rank by layer; empties the window."""
         taken, self._sum = self._sum, {}

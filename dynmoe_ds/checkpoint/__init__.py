@@ -1,5 +1,1 @@
-"""Trained models on disk."""
-
-from dynmoe_ds.checkpoint.export import load_model, save_model
-
-__all__ = ["load_model", "save_model"]
+"""Training on disk: every expert by its id, with masters and moments, so that any layout can go on with it."""

@@ -27,21 +27,36 @@ def published(folder: Path) -> Iterator[Path]:
     After an error nothing is left of it. A process that is killed leaves `.NAME.incomplete` beside `folder`, which the
     next attempt removes.
     """
-    aside = folder.absolute().with_name(f".{folder.absolute().name}.incomplete")
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        aside.rename(folder)
+        publish(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _flush(folder.absolute().parent)
 
 
-def _flush(path: Path) -> None:
+def aside_of(folder: Path) -> Path:
+    """Where `folder` is written before it is published."""
+    return folder.absolute().with_name(f".{folder.absolute().name}.incomplete")
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Make `aside` appear as `folder` by one rename, everything in it on the disk; it takes the place of one there."""
+    for path in (*aside.rglob("*"), aside):
+        flush(path)
+    replaced = folder.absolute().with_name(f".{folder.absolute().name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()):
+        folder.rename(replaced)  # a folder that is not empty cannot be renamed over
+    aside.rename(folder)
+    flush(folder.absolute().parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
     """See a file, or the names in a folder, to the disk: a rename must not get there before what it publishes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,7 @@ reported at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from dynmoe_ds.adaptation.config import AdaptationConfig
@@ -197,6 +197,21 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of the training, in `checkpoints/` of the run folder, which all ranks must see.
+
+    every_steps: optimiser steps between two; None for none. keep: how many of the newest stay. resume: `auto` goes on
+    from the latest in the run folder where there is one, `never` refuses a run folder that is in use. asynchronous:
+    whether they are written in the background.
+    """
+
+    every_steps: int | None = None
+    keep: int = 2
+    resume: Literal["auto", "never"] = "auto"
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:
     """Where the numbers go beside the run folder's JSON lines."""
 
@@ -206,7 +221,10 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole run. `adaptation` None keeps the pool as it starts; `run_dir` is created and must be empty or absent."""
+    """A whole run. `adaptation` None keeps the pool as it starts.
+
+    run_dir: is created; it must be empty or absent, unless it is of a run that `checkpoint.resume` may go on with.
+    """
 
     seed: int
     run_dir: str
@@ -219,3 +237,4 @@ class RunConfig:
     parallel: ParallelConfig
     training: TrainingConfig
     telemetry: TelemetryConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -15,6 +15,7 @@ from typing import Any
 from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
 from dynmoe_ds.config.schema import (
     BertClassifierConfig,
+    CheckpointConfig,
     DataConfig,
     ExpertConfig,
     GlueDataConfig,
@@ -36,6 +37,8 @@ from dynmoe_ds.routing import RouterConfig
 # Of dynmoe_ds.data, which may not be imported here: the tokenizer's 256 bytes and end of text; the index of shards.
 MIN_VOCAB_SIZE = 257
 SHARD_INDEX_FILE = "index.json"
+# Of dynmoe_ds.telemetry, as well.
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 def find_faults(config: RunConfig, *, check_files: bool = True) -> list[str]:
@@ -80,16 +83,23 @@ def _seed(seed: int) -> Iterator[str]:
         yield f"seed is {seed} but must be at least 0 and below 2**63."
 
 
-def _run_dir(run_dir: str) -> Iterator[str]:
+def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
     if not run_dir.strip():
         yield "run_dir is empty. Name a folder that does not exist yet, as in run_dir=runs/first."
         return
     path = Path(run_dir)
     if path.is_dir():
-        if any(path.iterdir()):
+        is_resumed = checkpoint.resume == "auto" and (path / CHECKPOINT_FOLDER).is_dir()
+        if any(path.iterdir()) and not is_resumed:
             yield f"run_dir {run_dir!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
     elif path.exists():
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."
+
+
+def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:
+    yield from _at_least("checkpoint", checkpoint, 1, "keep")
+    if checkpoint.every_steps is not None:
+        yield from _at_least("checkpoint", checkpoint, 1, "every_steps")
 
 
 def _pool(model: ModelConfig) -> Iterator[str]:
@@ -355,7 +365,7 @@ def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
-    _seed, _run_dir, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files, _optim,
-    _training, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
+    _seed, _run_dir, _checkpoint, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files,
+    _optim, _training, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
 )  # fmt: skip
 _CHECKS_OF_FILES = (_run_dir, _data_files)

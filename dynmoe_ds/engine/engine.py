@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,13 @@ from dynmoe_ds.adaptation import (
     describe,
     operate,
 )
-from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
+from dynmoe_ds.checkpoint.writer import CheckpointWriter
+from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.masters import EngineMasters
+from dynmoe_ds.engine.snapshot import restore, take_snapshot
 from dynmoe_ds.errors import CheckpointError, RoutingError
 from dynmoe_ds.moe import MoELayer, PaddingMask, Placement, StepLedger, TokenSampler, labelled
 from dynmoe_ds.moe.ledger import STRAIN
@@ -71,7 +75,8 @@ class Engine:
         self._untaken_records: dict[str, RoutingRecords] = {}
         self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
-        self._layers_known_full: set[str] = set()
+        self.layers_known_full: set[str] = set()
+        self._writer: CheckpointWriter | None = None
         self.last_aux_loss: Tensor = torch.zeros(())
         self.masters = EngineMasters(deepspeed_engine)
 
@@ -141,6 +146,21 @@ class Engine:
         """
         return operate(plan, self._layers, self.masters, self._adaptation)
 
+    def window_records(self) -> dict[str, RoutingRecords]:
+        """This rank's sums of the window so far, by layer; what a checkpoint keeps of it."""
+        return {} if self._window is None else self._window.records()
+
+    def untaken_records(self) -> dict[str, RoutingRecords]:
+        """What `take_records(reduce=False)` would give, which stays where it is."""
+        return dict(self._untaken_records)
+
+    def restore_records(self, *, window: dict[str, RoutingRecords], untaken: dict[str, RoutingRecords]) -> None:
+        """Set what `window_records` and `untaken_records` gave when a checkpoint was written."""
+        if self._window is not None:
+            self._window.set(window)
+        self._untaken_records = dict(untaken)
+        self._untaken_events.clear()
+
     def take_records(self, reduce: bool = True) -> dict[str, RoutingRecords]:
         """Records by layer of the optimiser steps since the last call.
 
@@ -204,6 +224,16 @@ class Engine:
         """Evaluation mode: nothing is recorded, and every token gets at least one expert."""
         return self.train(False)
 
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """Set DeepSpeed's counters of steps and samples, by name."""
+        for name, value in counters.items():
+            setattr(self._deepspeed, name, value)
+
+    @property
+    def layers(self) -> dict[str, MoELayer]:
+        """The model's `MoELayer`s by name."""
+        return dict(self._layers)
+
     @property
     def module(self) -> nn.Module:
         """The model."""
@@ -218,20 +248,84 @@ class Engine:
         """Optimiser steps so far."""
         return self._deepspeed.global_steps
 
-    def save_checkpoint(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises: CheckpointError always, since checkpoints of growing pools are not there yet."""
-        _refuse("save_checkpoint")
+    def save_checkpoint(self, folder: str | Path, client_state: Any = None, *, asynchronous: bool = False) -> Path:
+        """Write everything that training needs to go on into `folder`/step-NNNNNNNN; its path.
 
-    def load_checkpoint(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises: CheckpointError always, since checkpoints of growing pools are not there yet."""
-        _refuse("load_checkpoint")
+        Weights, float32 masters, optimiser state, placements, controllers, records of the window, scheduler, counters
+        and random number generators, under names that know neither ranks nor slots: any expert-parallel and
+        data-parallel size, ZeRO stage and pool size can load it. client_state: this rank's own, of tensors, numbers,
+        texts, lists and dictionaries. All ranks must see `folder`. A checkpoint is there as a whole, and
+        `folder`/latest names it, or not at all. asynchronous: write in the background, after a copy to the host;
+        `wait_for_checkpoint` says how it went, as does the next save.
+
+        Only between `step()` and the next forward pass. Collective: every rank. Raises: CheckpointError on every rank
+        if it cannot be written; training can go on.
+        """
+        self._check_between_steps()
+        writer = self._checkpoint_writer()
+        writer.wait()
+        snapshot = take_snapshot(self, client_state)
+        return writer.write(snapshot, Path(folder), asynchronous=asynchronous)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Collective: every rank. Raises: CheckpointError on every rank if it could not be written.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def load_checkpoint(self, folder: str | Path, step: int | None = None) -> tuple[Path, Any]:
+        """Go on from a checkpoint in `folder`: the one after optimiser step `step`, by default the latest.
+
+        Gives its path and this rank's client state; on another number of ranks than it was written with, rank 0's.
+        The engine must be of the same model; ranks, ZeRO stage, dtype and pool size may differ. On as many ranks as
+        before, training continues bit for bit. What is lost by another number of ranks: the order of the random
+        number generators.
+
+        Only between `step()` and the next forward pass. Collective: every rank. Raises: CheckpointError on every rank,
+        naming the file or the parameter, for what is missing, damaged, of another model or of a newer format, and for
+        pools that are too small.
+        """
+        self._check_between_steps()
+        writer = self._checkpoint_writer()
+        writer.wait()
+        checkpoint, error = None, None
+        try:
+            path = find_checkpoint(Path(folder), step)
+            checkpoint = open_checkpoint(path, dist.get_rank(), dist.get_world_size())
+        except Exception as e:
+            error = e
+        raise_together(error, writer.group)
+        assert checkpoint is not None
+        assert_same_on_all_ranks(
+            "the checkpoint to load", {"path": checkpoint.path.name, "step": checkpoint.step}, writer.group
+        )
+        return checkpoint.path, restore(self, checkpoint, writer.group)
 
     def __getattr__(self, name: str) -> Any:
         if name in _NATIVE_CHECKPOINT_METHODS:
-            _refuse(name)
+            raise CheckpointError(
+                f"engine.{name} is DeepSpeed's own, whose checkpoints load rank 0's experts on all ranks without an "
+                "error. Use engine.save_checkpoint and engine.load_checkpoint, or dynmoe_ds.save_model for weights."
+            )
         if name == "_deepspeed":  # not set yet: copying or unpickling
             raise AttributeError(name)
         return getattr(self._deepspeed, name)
+
+    def _checkpoint_writer(self) -> CheckpointWriter:
+        """Collective at the first call: every rank."""
+        if self._writer is None:
+            self._writer = CheckpointWriter()
+        return self._writer
+
+    def _check_between_steps(self) -> None:
+        """Raises: CheckpointError in the middle of an optimiser step; every rank is at the same place."""
+        if self._ledger.records() or self._step_records:
+            raise CheckpointError(
+                "A checkpoint was asked for in the middle of an optimiser step. Ask after the engine.step() that "
+                "updates the weights, at the end of gradient accumulation, and before the next forward pass."
+            )
 
     def _new_ledger(self) -> StepLedger:
         """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
@@ -288,13 +382,13 @@ class Engine:
             full=full,
         )
         self._untaken_events.append(event)
-        if full - self._layers_known_full and dist.get_rank() == 0:
+        if full - self.layers_known_full and dist.get_rank() == 0:
             _log.warning(
                 "Step %d: %s wanted a new expert but has no free slot. Build it with more num_slots, or prune more.",
                 step,
-                ", ".join(sorted(full - self._layers_known_full)),
+                ", ".join(sorted(full - self.layers_known_full)),
             )
-        self._layers_known_full |= full
+        self.layers_known_full |= full
 
     def _reduce(
         self, records: dict[str, RoutingRecords], layers: Mapping[str, MoELayer] | None = None
@@ -330,10 +424,3 @@ class Engine:
         if self._controller is not None and self._controller.rule.needs_strain:
             statistics[STRAIN] = (layer.num_slots,)
         return RoutingRecords.zeros(layer.num_slots, layer.hidden_size, statistics, layer.active.device)
-
-
-def _refuse(method: str) -> NoReturn:
-    raise CheckpointError(
-        f"engine.{method} is not available: DeepSpeed's own checkpoints load rank 0's experts on all ranks without an "
-        "error, and dynmoe_ds has none of its own yet. dynmoe_ds.save_model(engine, folder) writes the weights alone."
-    )

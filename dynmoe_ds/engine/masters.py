@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynmoe_ds.adaptation.surgery import WEIGHT, State, full_shape
 from dynmoe_ds.engine.seam import sharing_group
-from dynmoe_ds.errors import SurgeryError
+from dynmoe_ds.errors import CheckpointError, SurgeryError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +47,56 @@ class EngineMasters:
         for key, entries in self._basic.state.items():
             names |= {name for name, value in entries.items() if torch.is_tensor(value) and value.shape == key.shape}
         return tuple(sorted(names))
+
+    def covers(self, tensor: Tensor) -> bool:
+        """Whether the optimiser trains a tensor of the model; the same on all ranks."""
+        if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:
+            return False
+        if _is_zero3(tensor):
+            return self._optimizer.get_param_id(tensor) in self._optimizer.grad_position
+        if self._stage > 0:
+            return hasattr(tensor, "_hp_mapping")
+        return any(tensor is param for group in self._zero0_groups() for param in group)
+
+    def optimizer_name(self) -> str:
+        """The class of the optimiser that updates the masters."""
+        return type(self._basic).__name__
+
+    def make_states(self, names: tuple[str, ...]) -> None:
+        """Give every master the entries `names`, zeros where it had none: optimisers make them at their first step.
+
+        Raises: CheckpointError where the optimiser has entries under other names by now, such as amsgrad's.
+        """
+        present = self.state_names()
+        if names and present and set(names) != set(present):
+            raise CheckpointError(
+                f"The checkpoint's optimiser has {', '.join(names)} per weight, but this one has {', '.join(present)}. "
+                "Use the optimiser that it was written with."
+            )
+        for key in self._keys():
+            if not names:
+                self._basic.state.pop(key, None)
+            elif not self._basic.state.get(key):
+                zeros = {name: torch.zeros_like(key.data) for name in names}
+                self._basic.state[key] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+
+    def step_of(self, param: nn.Parameter) -> float | None:
+        """The number of updates that a parameter has had; None where this rank does not know, or nothing counts."""
+        key = self._key(param)
+        step = None if key is None else self._basic.state.get(key, {}).get("step", self._group_of(key).get("step"))
+        return None if step is None else float(step)
+
+    def set_step(self, param: nn.Parameter, step: float) -> None:
+        """Set the number of updates of the master that holds a parameter."""
+        key = self._key(param)
+        if key is None:
+            return
+        group = self._group_of(key)
+        for holder in (self._basic.state.get(key, {}), group):
+            if torch.is_tensor(holder.get("step")):
+                holder["step"].fill_(step)
+            elif "step" in holder:
+                holder["step"] = type(holder["step"])(step)
 
     @torch.no_grad()
     def read(self, param: nn.Parameter, start: int, stop: int) -> State:
@@ -85,6 +135,18 @@ class EngineMasters:
                         target[a - fragment.start : b - fragment.start] = value.reshape(-1)[a - low : b - low]
         self._write_model_copy(param, low, high, state[WEIGHT].reshape(-1), fragment)
 
+    @torch.no_grad()
+    def write_frozen(self, param: nn.Parameter, value: Tensor) -> None:
+        """Set a parameter that the optimiser does not train, whole. Local; all replicas must give the same."""
+        if not _is_zero3(param):
+            param.data.copy_(value)
+            return
+        start, stop = self._zero3_range(param)
+        if start < stop:
+            param.ds_tensor.data[: stop - start] = value.reshape(-1)[start:stop]  # type: ignore[attr-defined]
+        if param.data.numel() == param.ds_numel:  # type: ignore[attr-defined]
+            param.data.copy_(value)
+
     def _write_model_copy(
         self, param: nn.Parameter, low: int, high: int, value: Tensor, fragment: _Fragment | None
     ) -> None:
@@ -119,25 +181,72 @@ class EngineMasters:
             "float32 masters were not found. Use Adam or AdamW without offloading."
         )
 
+    def _key(self, param: Any) -> Tensor | None:
+        """The tensor that the optimiser updates for a parameter; None when this rank holds no element of it."""
+        if _is_zero3(param):
+            position = self._optimizer.grad_position.get(self._optimizer.get_param_id(param))
+            return None if position is None else self._optimizer.fp32_partitioned_groups_flat[position[0]]
+        if self._stage > 0:
+            mapping = getattr(param, "_hp_mapping", None)
+            return None if mapping is None else self._zero12_flats()[mapping.param_group_index]
+        for group, masters in zip(self._zero0_groups(), self._zero0_masters(), strict=True):
+            for model_param, master in zip(group, masters, strict=True):
+                if model_param is param:
+                    return master
+        return None
+
+    def _keys(self) -> list[Tensor]:
+        """Every tensor that the optimiser updates on this rank."""
+        # At ZeRO-3 the optimiser's groups are empty between steps.
+        flats = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
+        return list(flats) if flats is not None else [p for g in self._basic.param_groups for p in g["params"]]
+
+    def _group_of(self, key: Tensor) -> dict[str, Any]:
+        for group in self._basic.param_groups:
+            if any(param is key for param in group["params"]):
+                return group
+        return {}
+
+    def _zero0_groups(self) -> list[list[nn.Parameter]]:
+        """The model's trained parameters by group, at ZeRO-0."""
+        groups = getattr(self._optimizer, "fp16_groups", None)
+        return [group["params"] for group in self._basic.param_groups] if groups is None else groups
+
+    def _zero0_masters(self) -> list[list[Tensor]]:
+        """What the optimiser updates for each of `_zero0_groups`."""
+        if hasattr(self._optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer: one master per parameter
+            return self._optimizer.fp32_groups
+        if hasattr(self._optimizer, "fp32_groups_flat"):  # FP16_Optimizer: one flat master per group
+            groups = zip(self._zero0_groups(), self._optimizer.fp32_groups_flat, strict=True)
+            return [[flat] * len(group) for group, flat in groups]
+        return [list(group) for group in self._zero0_groups()]  # float32: the parameter is its own master
+
+    def _zero12_flats(self) -> list[Tensor]:
+        optimizer = self._optimizer
+        return getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+
+    def _zero3_range(self, param: Any) -> tuple[int, int]:
+        """The elements of a parameter that are on this rank; start may be above stop."""
+        size = param.ds_tensor.ds_numel
+        start = self._optimizer._get_param_partition_rank(param) * size
+        return start, min(start + size, param.ds_numel)
+
     def _zero3_fragment(self, param: Any) -> _Fragment | None:
         optimizer = self._optimizer
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+        start, stop = self._zero3_range(param)
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        size = param.ds_tensor.ds_numel
-        start = optimizer._get_param_partition_rank(param) * size
-        stop = min(start + size, param.ds_numel)
         return self._of_flat(flat, offset, start, stop) if start < stop else None
 
     def _zero12_fragment(self, param: Any) -> _Fragment | None:
         mapping = param._hp_mapping
         if mapping is None:
             return None
-        optimizer = self._optimizer
-        flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
         # Read from the flat state: DeepSpeed links fragments for the first group only.
         start = mapping.lp_fragment_address.start
         stop = start + mapping.lp_fragment_address.numel
-        return self._of_flat(flats[mapping.param_group_index], mapping.hp_fragment_address.start, start, stop)
+        flat = self._zero12_flats()[mapping.param_group_index]
+        return self._of_flat(flat, mapping.hp_fragment_address.start, start, stop)
 
     def _zero0_fragment(self, param: nn.Parameter) -> _Fragment:
         optimizer = self._optimizer

@@ -13,6 +13,7 @@ from dynmoe_ds.config.load import to_yaml
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.telemetry import Metric, RunFolder, Tracker, build_trackers, reduce_over_ranks, write_report
+from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER
 from dynmoe_ds.training.tasks import Task
 
 
@@ -32,6 +33,11 @@ class RunLog:
             except Exception as caught:
                 error = caught
         raise_together(error)
+
+    def rewind(self, step: int) -> None:
+        """Drop what an earlier part of this run wrote after optimiser step `step`, from which it goes on."""
+        if self._folder is not None:
+            self._folder.rewind(step)
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         """Reduce `metrics` over all ranks and record them for optimiser step `step`, from 1. Collective: every rank."""
@@ -65,6 +71,9 @@ class RunLog:
 
     def _open(self, config: RunConfig, task: Task, stream: TextIO | None) -> None:
         self._folder = RunFolder(config.run_dir)
+        if config.checkpoint.every_steps is not None:
+            # By this a folder is known as one of a run that can be resumed, also before its first checkpoint.
+            (self._folder.path / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
         yaml_text = to_yaml(config)
         self._folder.write_config(yaml_text)
         self._folder.write_versions()

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynmoe_ds.adaptation import alarms
-from dynmoe_ds.checkpoint import save_model
 from dynmoe_ds.config.deepspeed_json import to_deepspeed
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.config.validate import find_faults
@@ -22,10 +21,12 @@ from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.export import save_model
 from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics
+from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
 from dynmoe_ds.training.run_log import RunLog
 from dynmoe_ds.training.schedule import learning_rate
 from dynmoe_ds.training.tasks import build_task
@@ -69,6 +70,9 @@ class Trainer:
             timeout_s=timeout_s,
             token_kinds=self.task.token_kinds,
         )
+        self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
+        self.first_step = self.checkpoints.resume()
+        self.run_log.rewind(self.first_step)
         self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)
         self._layers_warned_about: set[str] = set()
@@ -76,28 +80,44 @@ class Trainer:
     def run(self) -> None:
         """Train, evaluate and log; at the end write model, sample and report. An interrupt keeps what was written.
 
-        A step is logged every `log_every_steps` steps, whenever it is evaluated, and at the end.
+        A step is logged every `log_every_steps` steps, whenever it is evaluated or saved, and at the end. A run that is
+        resumed begins after the step of its latest checkpoint.
         Collective: every rank. Raises: KeyboardInterrupt, after an orderly end.
         """
         steps, training = self.config.training.steps, self.config.training
+        if (finished := finished_steps(self.run_dir)) is not None and finished >= steps:
+            if dist.get_rank() == 0:
+                logger.info("%s has come to its end after %d steps already.", self.run_dir, finished)
+            self.run_log.close()
+            return
         self._announce()
         self.engine.train()
         self.interval = _Interval.starting_now(self.engine.device)
-        done = 0
+        done = self.first_step
         try:
-            for step in range(steps):
+            for step in range(self.first_step, steps):
                 self._train_step(step)
                 done = step + 1
                 is_eval = done % training.eval_every_steps == 0 or done == steps
-                is_log = is_eval or done % training.log_every_steps == 0
+                is_saved = self.checkpoints.is_due(done)
+                # What is logged at a checkpoint need not be in it.
+                is_log = is_eval or is_saved or done % training.log_every_steps == 0
                 self._follow_experts(is_log)
                 if is_log:
                     self._log(done, is_eval)
+                if is_saved:
+                    self.checkpoints.save()
+            self.checkpoints.settle()
+            if dist.get_rank() == 0:
+                clear_results(self.run_dir, MODEL_FOLDER)
+            dist.barrier()
             if training.save_model:
                 save_model(self.engine, Path(self.run_dir) / MODEL_FOLDER)
             text = self.task.sample(self.engine)
             if text is not None:
                 self.run_log.sample(text)
+            if dist.get_rank() == 0:
+                mark_finished(self.run_dir, steps)
         except KeyboardInterrupt:
             logger.warning("Interrupted after %d of %d steps. What was written is in %s.", done, steps, self.run_dir)
             raise

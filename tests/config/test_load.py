@@ -80,10 +80,10 @@ def test_every_registered_router_has_an_option_equal_to_its_preset() -> None:
 
 def test_the_experiments_say_what_they_should() -> None:
     demo = load_config([RUN_DIR, "experiment=demo"])
-    assert demo.router == TopAnyConfig.recommended()
+    assert demo.router == TopAnyConfig.budgeted(2.0)
     assert demo.adaptation is not None
     assert demo.adaptation.last_growth_step == 0.5 * demo.training.steps
-    assert (demo.adaptation.min_unrouted_share, demo.adaptation.prune_below_share) == (0.01, 0.1)
+    assert (demo.adaptation.rule, demo.adaptation.prune_below_share) == ("split_strained", 0.1)
     smoke = load_config([RUN_DIR, "experiment=smoke"])
     assert smoke.training.steps <= 30 and smoke.adaptation is not None
     assert smoke.adaptation.every_steps * 2 <= smoke.training.steps, "adaptation is part of what a smoke test tries"
@@ -113,8 +113,8 @@ def test_values_keep_their_types_and_may_refer_to_others() -> None:
     [
         (["experiment=dmeo"], "There is no option experiment=dmeo. Did you mean 'demo'? Options: demo,"),
         (["model=null"], "There is no option model=null. Options: "),
-        (["routr=top_any"], "There is no group or key 'routr'. Did you mean 'router'? Groups: adaptation, data,"),
-        (["+zzz=1"], "There is no group or key 'zzz'. Groups: adaptation, data,"),
+        (["routr=top_any"], "There is no group or key 'routr'. Did you mean 'router'? Groups: adaptation,"),
+        (["+zzz=1"], "There is no group or key 'zzz'. Groups: adaptation,"),
         (["model={hidden_size: 64}"], "model is a group, so give its keys one by one, as in model.KEY=VALUE, or"),
         (["~seed"], "The override '~seed' would delete a key, but every key is needed. Give it a value instead."),
         (["seed=1,2"], "The override 'seed=1,2' holds several values, but one run has one. Start a run per value,"),

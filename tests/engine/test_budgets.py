@@ -24,10 +24,14 @@ PER_LAYER, PER_MODEL = dm.BudgetConfig(target_k=TARGET), dm.BudgetConfig(target_
 ROUTERS: dict[str, Any] = {
     "top_any, layer": replace(dm.TopAnyConfig.budgeted(), budget=PER_LAYER),
     "top_any, model": replace(dm.TopAnyConfig.budgeted(), budget=PER_MODEL, k_max=6),
+    "top_any of cosines, layer": replace(
+        dm.TopAnyConfig.budgeted(), score="cosine", temperature=10.0, load_balance_gradient="shares", budget=PER_LAYER
+    ),
     "top_p, layer": dm.TopPConfig(budget=PER_LAYER),
     "top_p, model": dm.TopPConfig(budget=PER_MODEL),
 }
-# An adaptation every 50 steps up to the end: the last fifth, too, has experts that come and go.
+# An adaptation every 50 steps up to the end: the last fifth, too, has experts that come and go. The paper's rule needs
+# tokens without an open gate, which a softmax hardly leaves.
 PAPER = dm.AdaptationConfig(50, 25, prune_below_share=0.5, new_threshold="mean_of_live")
 SPLIT = dm.AdaptationConfig(50, 25, rule="split_loaded", prune_below_share=0.5, split_above_load=1.1)
 
@@ -61,7 +65,7 @@ class ByteModel(nn.Module):
         return F.cross_entropy(self.head(self.norms[-1](h)).float(), following)
 
 
-def _batch(step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+def batch(step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
     """This rank's share of a step's contexts and the bytes that follow."""
     at = torch.randint(len(TEXT) - CONTEXT, (TOKENS,), generator=torch.Generator().manual_seed(step))
     windows = TEXT[at[:, None] + torch.arange(CONTEXT + 1)].long().chunk(world_size)[rank]
@@ -77,13 +81,13 @@ def _train(rank: int, world_size: int, names: tuple[str, ...], bf16: bool) -> di
 
 
 def _train_one(rank: int, world_size: int, name: str, bf16: bool) -> dict[str, Any]:
-    router, adaptation = ROUTERS[name], PAPER if name.startswith("top_any") else SPLIT
+    router, adaptation = ROUTERS[name], PAPER if name.startswith("top_any of cosines") else SPLIT
     engine = dm.initialize(ByteModel(router, ep_size=world_size), deepspeed_config(1, bf16=bf16), adaptation)
     losses, mean_k, live = [], [], []
     for step in range(STEPS):
         engine.set_lr(_learning_rate(step))
         live.append([set(placement.live_ids) for placement in engine.placements().values()])
-        loss = engine(*_batch(step, rank, world_size))
+        loss = engine(*batch(step, rank, world_size))
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
@@ -131,7 +135,7 @@ def _evaluate(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
         ]
         with torch.no_grad():
             for step in range(16):
-                engine(*_batch(1000 + step, rank, world_size))
+                engine(*batch(1000 + step, rank, world_size))
         for hook in hooks:
             hook.remove()
         found[how] = torch.tensor([torch.cat(seen).sum(1).double().mean() for seen in masks])
@@ -139,7 +143,7 @@ def _evaluate(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
     return found
 
 
-ON_ONE = ("top_any, model", "top_p, layer")
+ON_ONE = ("top_any, model", "top_any of cosines, layer", "top_p, layer")
 ON_TWO = ("top_any, layer", "top_p, model")
 RUNS = [(1, name) for name in ON_ONE] + [(2, name) for name in ON_TWO]
 everywhere = pytest.mark.parametrize(("world_size", "name"), RUNS)
@@ -180,7 +184,7 @@ def test_one_budget_for_the_model_lets_layers_differ(runs: Any) -> None:
     for result in (one, two):
         assert torch.equal(result["state"]["0.budget.control"], result["state"]["1.budget.control"])
     first, second = one["mean_k"][LAST_FIFTH].mean(0).tolist()
-    assert abs(first - second) > 0.1 * TARGET
+    assert abs(first - second) > 0.05 * TARGET, "no more apart than a budget per layer would hold them"
 
 
 @everywhere

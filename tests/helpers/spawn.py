@@ -23,7 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 # Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dynmoe_ds.checkpoint", "tests.helpers.models"])
+_CONTEXT.set_forkserver_preload(["dynmoe_ds.export", "tests.helpers.models"])
 
 
 class RankFailed(AssertionError):

@@ -26,7 +26,6 @@ SHORTER = [
     "optim.warmup_steps=10",
     "adaptation.every_steps=10",
     "adaptation.window_steps=5",
-    "adaptation.min_unrouted_share=0.0",  # the paper's trigger, so that something is born in so short a run
     "adaptation.last_growth_step=60",
 ]
 

@@ -145,6 +145,19 @@ def test_thresholds_are_the_corrected_moving_average_of_the_global_quantiles():
     assert router.added_k.item() == 0.0
 
 
+def test_what_a_fallback_adds_is_a_moving_average_that_starts_anew_with_the_thresholds():
+    config = ExpertThresholdConfig(target_k=1.5, decay=0.8, training_fallback="top_1")
+    router, more = make(config, started=False).train(), ACTIVE.clone()
+    more[1] = True
+    for active, num_steps in ((ACTIVE, 3), (more, 2)):
+        raw = 0.0
+        for number in range(1, num_steps + 1):
+            record = step(router, tokens(200, seed=10 * num_steps + number), active=active)
+            added = (int(record.num_assignments) - float(record.statistics["passed"])) / 200
+            raw = 0.8 * raw + 0.2 * added
+            assert router.added_k.item() == pytest.approx(raw / (1 - 0.8**number), rel=1e-12) and added > 0.1
+
+
 def test_every_expert_then_takes_its_share():
     router, x = make(ExpertThresholdConfig(target_k=1.5), started=False), tokens(4000)
     step(router, x)

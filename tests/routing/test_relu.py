@@ -74,7 +74,7 @@ def expected(
     factor = {e: num_live / (target * num_tokens) * load[e] if config.load_balanced else 1.0 for e in LIVE}
     losses = {"l1": sum(factor[e] * strength for e, strength in opened) / num_tokens}
     if config.budget is not None:
-        losses["opening"] = 4 * target / (num_live - target) * depth / num_tokens
+        losses["opening"] = 4 * target / max(num_live - target, 1) * depth / num_tokens
     return weights, losses, unrouted
 
 
@@ -82,7 +82,14 @@ def expected(
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"load_balanced": False}, {"k_max": 2}, {"score_scale": 1.7, "target_k": 3.5}, {"budget": BUDGET}],
+    [
+        {},
+        {"load_balanced": False},
+        {"k_max": 2},
+        {"score_scale": 1.7, "target_k": 3.5},
+        {"budget": BUDGET},
+        {"budget": BudgetConfig(target_k=4.5)},
+    ],
     ids=str,
 )
 def test_router_equals_the_formulas(options, padded, training):
@@ -112,6 +119,11 @@ def test_router_equals_the_formulas(options, padded, training):
     )
     assert_near(got[0], by_hand[0], what="gradient of the tokens")
     assert_near(got[1], by_hand[1], what="gradient of the rows")
+
+
+def test_a_token_of_zeros_opens_no_expert():
+    routing = make(ReluConfig())(torch.zeros(3, D, dtype=torch.float64), ACTIVE, None)
+    assert routing.unrouted.all() and not routing.mask.any()
 
 
 def test_default_is_the_paper():
@@ -168,15 +180,17 @@ def test_lambda_is_the_weight_of_the_loss():
     torch.testing.assert_close(ledger.aux_loss(), 0.37 * l1)
 
 
-def test_a_budget_moves_lambda_both_ways():
-    config = ReluConfig(budget=BudgetConfig(target_k=2.0, proportional_gain=6.0, integral_gain=0.5))
+@pytest.mark.parametrize("gains", [{}, {"proportional_gain": 6.0, "integral_gain": 0.5}], ids=str)
+def test_a_budget_moves_lambda_both_ways(gains):
+    config = ReluConfig(budget=BudgetConfig(target_k=2.0, **gains))
+    kp, ki = gains.get("proportional_gain", 12.0), gains.get("integral_gain", 1.2)
     router, error_sum = make(config), 0.0
     assert "l1_coefficient" not in router.state_dict()
     for num_assignments in (22, 20, 21, 17, 18, 18, 19, 60, 1):  # of 10 tokens
         update_routers({"a": router}, {"a": records(10, num_assignments)}, {"a": ACTIVE})
         error = (num_assignments / 10 - 2) / 2
-        error_sum += min(max(error, -0.24), 0.24)  # 0.12 / 0.5
-        control = min(max(6 * error, -2.5), 2.5) + 0.5 * error_sum
+        error_sum += min(max(error, -0.12 / ki), 0.12 / ki)
+        control = min(max(kp * error, -2.5), 2.5) + ki * error_sum
         value = 0.002 * math.sinh(control)
         assert router.budget.control.item() == pytest.approx(control, rel=1e-12)
         assert router.observables(ACTIVE)["lambda"].item() == pytest.approx(value, rel=1e-12)
@@ -190,6 +204,11 @@ def test_the_sum_of_errors_of_a_budget_is_bounded():
         for _ in range(200):
             update_routers({"a": router}, {"a": records(10, num_assignments)}, {"a": ACTIVE})
         assert router.budget.control.item() == pytest.approx(sign * (6.0 + 2.5))
+
+
+def test_a_warm_up_does_not_start_above_what_a_token_can_take():
+    router = make(ReluConfig(k_max=2, budget=BudgetConfig(target_k=1.5, warmup_steps=100)))
+    assert router.observables(ACTIVE)["budget_target"] == 2.0, "half of the live experts are 2.5"
 
 
 def test_opening_reaches_an_expert_that_is_closed_to_everybody():
@@ -233,13 +252,18 @@ def test_the_papers_rule_makes_training_sparse():
     assert run.layer.router.l1_coefficient.item() == pytest.approx(1e-8 * 1.2 ** steps.item(), rel=1e-9)
 
 
+def parted(row: Tensor) -> Tensor:
+    """The rows [2, D] of the two halves of an expert with gate row `row`, as a split gives them to the router."""
+    step = torch.tensor([1.0, -1, 0, 0, 1, 0], dtype=torch.float64)
+    step -= (step @ row) / (row @ row) * row
+    return split_rows(row, step / torch.linalg.vector_norm(step), 0.4)
+
+
 def halves(router: Router, hidden: Tensor, chose_parent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The rows before a split of slot 2 into 2 and 1, and what the router makes of it."""
     before = router.weight.detach().clone()
     values = {"weight": before.clone()}
-    step = torch.tensor([1.0, -1, 0, 0, 1, 0], dtype=torch.float64)
-    step -= (step @ before[2]) / (before[2] @ before[2]) * before[2]
-    values["weight"][[2, 1]] = split_rows(before[2], step / torch.linalg.vector_norm(step), 0.4)
+    values["weight"][[2, 1]] = parted(before[2])
     given = values["weight"].clone()
     active = ACTIVE.clone()
     active[1] = True
@@ -267,9 +291,22 @@ def test_halves_share_the_load_and_the_weight_of_their_parent():
     assert torch.equal(router.weight.detach()[others], before[others])
 
 
-def test_without_a_sample_the_halves_get_half_the_length():
+def test_a_split_never_opens_halves_to_more_tokens_or_closes_them_to_all():
+    """Of tokens that point almost everywhere alike, where a shift along the parent's may open as many as it closes."""
+    router, num_narrowed = make(ReluConfig()), 0
+    for seed in range(60):
+        hidden = torch.randn(100, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.1
+        before, changed = halves(router, hidden, router(hidden, ACTIVE, None).mask[:, 2])
+        given, got = ((hidden @ rows.T > 0).sum() for rows in (parted(before[2]), changed["weight"][[2, 1]]))
+        assert 0 < got <= given, seed
+        num_narrowed += int(got < given)
+    assert 0 < num_narrowed < 60
+
+
+@pytest.mark.parametrize("num_chosen", [0, 1])
+def test_without_tokens_of_the_parent_the_halves_get_half_the_length(num_chosen):
     router = make(ReluConfig())
-    before, changed = halves(router, tokens(0), torch.zeros(0, dtype=torch.bool))
+    before, changed = halves(router, tokens(num_chosen), torch.ones(num_chosen, dtype=torch.bool))
     both = changed["weight"][1] + changed["weight"][2]
     torch.testing.assert_close(both, before[2] / (1 + 0.4**2) ** 0.5)
 

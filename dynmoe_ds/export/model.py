@@ -16,14 +16,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from dynmoe_ds.checkpoint.entries import Entry, entries, moe_layers, tied_names
-from dynmoe_ds.checkpoint.manifest import (
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    LayerManifest,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
 from dynmoe_ds.checkpoint.publish import check_vacant, published
 from dynmoe_ds.config.build import build_router_config
 from dynmoe_ds.config.load import to_plain
@@ -31,6 +23,14 @@ from dynmoe_ds.distributed import assert_same_on_all_ranks, expert_parallel_grou
 from dynmoe_ds.engine import Engine
 from dynmoe_ds.engine.gathering import whole
 from dynmoe_ds.errors import CheckpointError, ConfigError
+from dynmoe_ds.export.manifest import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    LayerManifest,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from dynmoe_ds.models import dense_decoder
 from dynmoe_ds.moe import MoELayer, Placement
 

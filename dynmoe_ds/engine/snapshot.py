@@ -1,0 +1,384 @@
+"""What a checkpoint holds of an engine, under names that know neither ranks nor slots nor ZeRO stages, and back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from dynmoe_ds.adaptation.surgery import WEIGHT, full_shape
+from dynmoe_ds.checkpoint.entries import Entry, entries
+from dynmoe_ds.checkpoint.store import Checkpoint, Snapshot, read_own, read_shared, read_tensors
+from dynmoe_ds.engine.gathering import whole
+from dynmoe_ds.engine.masters import EngineMasters
+from dynmoe_ds.engine.seam import sharing_group
+from dynmoe_ds.errors import CheckpointError
+from dynmoe_ds.moe import MoELayer, Placement
+from dynmoe_ds.moe.ledger import STRAIN
+from dynmoe_ds.routing import RoutingRecords
+
+if TYPE_CHECKING:
+    from dynmoe_ds.engine.engine import Engine
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_BYTES_AT_ONCE = 2**30
+
+
+def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
+    """The state of `engine` between two optimiser steps, on the host. Collective: every rank."""
+    masters, layers = engine.masters, engine.layers
+    state = {
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "optimizer_steps": _optimizer_steps(engine),
+        "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "layers_known_full": sorted(engine.layers_known_full),
+    }
+    return Snapshot(
+        step=engine.global_steps,
+        tensors=_own_tensors(engine.module, masters),
+        shared=state,
+        own={
+            "rng": _rng_state(),
+            "window": _plain_records(engine.window_records(), layers),
+            "untaken": _plain_records(engine.untaken_records(), layers),
+            "client_state": client_state,
+        },
+        described={
+            "optimizer": masters.optimizer_name(),
+            "state_names": list(masters.state_names()),
+            "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "layout": {
+                "world_size": dist.get_world_size(),
+                "zero_stage": engine.zero_stage,
+                "dtype": f"{next(engine.module.parameters()).dtype}".removeprefix("torch."),
+            },
+        },
+    )
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, group: dist.ProcessGroup | None) -> Any:
+    """Bring `engine` to the state of a checkpoint of the same model; what `client_state` had been.
+
+    Each rank gets back its own client state if there are as many ranks as there were, else rank 0's.
+    Collective: every rank. Raises: CheckpointError on every rank; weights may be half read after one about a file.
+    """
+    layers = engine.layers
+    shared = read_shared(checkpoint)
+    described: Mapping[str, Any] = checkpoint.manifest["layers"]
+    if described.keys() != layers.keys():
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model: its MoE layers are {', '.join(described) or 'none'}, but here "
+            f"they are {', '.join(layers) or 'none'}."
+        )
+    placements = {name: _fitted(name, described[name], layer, checkpoint) for name, layer in layers.items()}
+    state_names = tuple(checkpoint.manifest["state_names"])
+    _check_optimizer(engine.masters, checkpoint)
+    engine.masters.make_states(state_names)
+    for name, layer in layers.items():
+        layer.placement, layer.seed = placements[name], int(described[name]["seed"])
+    for part in _in_parts(engine.module, engine.masters, state_names):
+        wanted = {name: tensor for loading in part for name, tensor in loading.wanted.items()}
+        read_tensors(checkpoint, wanted, group)
+        for loading in part:
+            loading.store(engine.masters)
+    _restore_steps(engine, shared)
+    num_ranks, rank = int(checkpoint.manifest["layout"]["world_size"]), dist.get_rank()
+    is_same_size = num_ranks == dist.get_world_size()
+    own = read_own(checkpoint, rank if is_same_size else 0)
+    if is_same_size:
+        _restore_rng(own["rng"])
+        window, untaken = own["window"], own["untaken"]
+    else:
+        # Sums over ranks are all that is ever asked of records: the first rank takes those of all.
+        everyone = [read_own(checkpoint, at) for at in range(num_ranks)] if rank == 0 else []
+        window, untaken = (_summed([of[part] for of in everyone]) for part in ("window", "untaken"))
+    engine.restore_records(window=_records(window, layers), untaken=_records(untaken, layers))
+    engine.layers_known_full = set(shared["layers_known_full"])
+    return own["client_state"]
+
+
+def _check_optimizer(masters: EngineMasters, checkpoint: Checkpoint) -> None:
+    """Implementations of Adam keep the same state under the same names; other optimisers must be equal."""
+    written, here = (f"{name}" for name in (checkpoint.manifest["optimizer"], masters.optimizer_name()))
+    if written != here and not ("adam" in written.lower() and "adam" in here.lower()):
+        raise CheckpointError(
+            f"{checkpoint.path} holds the state of {written}, but this engine's optimiser is {here}. Use the optimiser "
+            "that it was written with."
+        )
+
+
+# Tensors
+
+
+def _own_tensors(module: nn.Module, masters: EngineMasters) -> dict[str, Tensor]:
+    """This rank's share of all weights, masters and moments, on the host. Collective: every rank."""
+    found: dict[str, Tensor] = {}
+    rank = dist.get_rank()
+    for index, entry in enumerate(entries(module)):
+        holders = _holders(entry)
+        is_writer = holders[index % len(holders)] == rank
+        for kind, value in _read(entry, masters).items():
+            if is_writer:
+                rows = _local_rows(entry)
+                parts = {entry.key: value} if rows is None else {name: value[row] for name, row in rows.items()}
+                found |= {_name(name, kind): part.to("cpu", copy=True) for name, part in parts.items()}
+    return found
+
+
+def _read(entry: Entry, masters: EngineMasters) -> dict[str, Tensor]:
+    """By kind, whole. Collective: the ranks that share the entry."""
+    tensor = entry.tensor
+    if masters.covers(tensor):
+        assert isinstance(tensor, nn.Parameter)
+        shape = full_shape(tensor)
+        state = masters.read(tensor, 0, shape[0] if shape else 1)
+        return {kind: value.view(shape) for kind, value in state.items()}
+    with whole(tensor) as value:
+        return {WEIGHT: value.clone()}
+
+
+class _Loading:
+    """One entry on its way from a checkpoint. wanted: tensors on the host by name, to be filled."""
+
+    def __init__(self, entry: Entry, kinds: tuple[str, ...], dtype: torch.dtype) -> None:
+        self.entry, self.kinds, self.dtype = entry, kinds, dtype
+        self.shape = full_shape(entry.tensor)  # type: ignore[arg-type]
+        self.rows = _local_rows(entry)
+        self.wanted: dict[str, Tensor] = {}
+        for kind in kinds:
+            shape = self.shape if self.rows is None else self.shape[1:]
+            for name in (entry.key,) if self.rows is None else self.rows:
+                self.wanted[_name(name, kind)] = torch.empty(shape, dtype=dtype)
+
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.wanted.values())
+
+    @torch.no_grad()
+    def store(self, masters: EngineMasters) -> None:
+        """Put what was read where it belongs; free slots get zeros."""
+        tensor = self.entry.tensor
+        values = {kind: self._whole(kind).to(tensor.device) for kind in self.kinds}
+        if masters.covers(tensor):
+            num_rows = self.shape[0] if self.shape else 1
+            masters.write(tensor, 0, num_rows, values)  # type: ignore[arg-type]
+        elif isinstance(tensor, nn.Parameter):
+            masters.write_frozen(tensor, values[WEIGHT])
+        else:
+            tensor.copy_(values[WEIGHT])
+
+    def _whole(self, kind: str) -> Tensor:
+        if self.rows is None:
+            return self.wanted[_name(self.entry.key, kind)]
+        value = torch.zeros(self.shape, dtype=self.dtype)
+        for name, row in self.rows.items():
+            value[row] = self.wanted[_name(name, kind)]
+        return value
+
+
+def _in_parts(module: nn.Module, masters: EngineMasters, state_names: tuple[str, ...]) -> Iterator[list[_Loading]]:
+    """All entries in parts of bounded size, as many on every rank: experts are of equal shapes there."""
+    part: list[_Loading] = []
+    size = 0
+    for entry in entries(module):
+        is_trained = masters.covers(entry.tensor)
+        kinds = (WEIGHT, *state_names) if is_trained else (WEIGHT,)
+        loading = _Loading(entry, kinds, torch.float32 if is_trained else entry.tensor.dtype)
+        part.append(loading)
+        # The size of the whole pool, not of what is live here: all ranks must come to the same parts.
+        size += full_shape(entry.tensor).numel() * loading.dtype.itemsize * len(kinds)  # type: ignore[arg-type]
+        if size > _BYTES_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _holders(entry: Entry) -> list[int]:
+    """The ranks that hold the same rows of an entry."""
+    if entry.layer is None:
+        return list(range(dist.get_world_size()))
+    return dist.get_process_group_ranks(sharing_group(entry.tensor))  # type: ignore[arg-type]
+
+
+def _local_rows(entry: Entry) -> dict[str, int] | None:
+    """This rank's row of every name that has one here; None for an entry that stands there whole."""
+    if entry.slots is None:
+        return None
+    if entry.layer is None:
+        return dict(entry.slots)
+    local = entry.layer.local_slots
+    return {name: slot - local.start for name, slot in entry.slots.items() if slot in local}
+
+
+def _name(name: str, kind: str) -> str:
+    return f"{name}/{kind}"
+
+
+# Placements
+
+
+def _describe(layer: MoELayer) -> dict[str, Any]:
+    return {
+        "expert_ids": list(layer.placement.expert_ids),
+        "next_expert_id": layer.placement.next_id,
+        "ep_size": layer.ep_size,
+        "hidden_size": layer.hidden_size,
+        "ffn_hidden_size": layer.ffn_hidden_size,
+        "expert": layer.expert_kind,
+        "router": type(layer.router.config).__name__,
+        "seed": layer.seed,
+    }
+
+
+def _fitted(name: str, described: Mapping[str, Any], layer: MoELayer, checkpoint: Checkpoint) -> Placement:
+    """The checkpoint's experts in this layer's pool: in their slots if it is of the same size, else spread evenly."""
+    ids: list[int | None] = described["expert_ids"]
+    live = [expert_id for expert_id in ids if expert_id is not None]
+    if len(live) > layer.num_slots:
+        raise CheckpointError(
+            f"{checkpoint.path} has {len(live)} experts in {name}, but its pool has {layer.num_slots} slots. Build the "
+            f"model with num_slots {len(live)} or more."
+        )
+    if len(ids) != layer.num_slots:
+        ids = [None] * layer.num_slots
+        for index, expert_id in enumerate(live):
+            ids[index * layer.num_slots // len(live)] = expert_id
+    return Placement(expert_ids=tuple(ids), next_id=int(described["next_expert_id"]), ep_size=layer.ep_size)
+
+
+# Counters of the engine and its optimiser
+
+
+def _optimizer_steps(engine: Engine) -> dict[str, float]:
+    """Adam's step of every trained parameter. Collective: every rank."""
+    own = {
+        name: step
+        for name, param in engine.module.named_parameters()
+        if (step := engine.masters.step_of(param)) is not None
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    merged: dict[str, float] = {}
+    for of_rank in everyone:
+        for name, step in of_rank.items():
+            merged[name] = max(step, merged.get(name, step))
+    return merged
+
+
+def _restore_steps(engine: Engine, shared: Mapping[str, Any]) -> None:
+    for name, param in engine.module.named_parameters():
+        if name in shared["optimizer_steps"]:
+            engine.masters.set_step(param, shared["optimizer_steps"][name])
+    engine.set_counters(shared["counters"])
+    rates = shared["learning_rates"]
+    groups = engine.optimizer.param_groups
+    if len(rates) == len(groups):  # experts are in groups of their own below ZeRO-3
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+    elif len(set(rates)) == 1:
+        engine.set_lr(rates[0])
+    if engine.lr_scheduler is not None and shared["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(shared["scheduler"])
+
+
+# Records, by expert id in place of slots
+
+
+def _plain_records(records: Mapping[str, RoutingRecords], layers: Mapping[str, MoELayer]) -> dict[str, Any]:
+    return {name: _plain(record, layers[name]) for name, record in records.items()}
+
+
+def _plain(record: RoutingRecords, layer: MoELayer) -> dict[str, Any]:
+    slots = torch.tensor(list(layer.placement.slots_by_id.values()))
+    per_slot = _per_slot(layer)
+    return {
+        "expert_ids": list(layer.placement.live_ids),
+        "tokens_per_expert": record.tokens_per_slot.cpu()[slots],
+        "counts": torch.stack([record.num_tokens, record.num_assignments, record.num_unrouted]).cpu(),
+        "unrouted_sum": record.unrouted_sum.cpu(),
+        "statistics": {
+            name: value.cpu()[slots] if name in per_slot else value.cpu() for name, value in record.statistics.items()
+        },
+    }
+
+
+def _per_slot(layer: MoELayer) -> set[str]:
+    """Names of the statistics whose first dimension is that of slots."""
+    shapes = layer.router.statistics_shapes()
+    return {STRAIN, *(name for name, shape in shapes.items() if shape[:1] == (layer.num_slots,))}
+
+
+def _records(plain: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, RoutingRecords]:
+    return {name: _record(of_layer, layers[name]) for name, of_layer in plain.items()}
+
+
+def _record(plain: Mapping[str, Any], layer: MoELayer) -> RoutingRecords:
+    device = layer.active.device
+    slots = torch.tensor([layer.placement.slot_of(expert_id) for expert_id in plain["expert_ids"]])
+
+    def spread(rows: Tensor) -> Tensor:
+        value = rows.new_zeros(layer.num_slots, *rows.shape[1:])
+        value[slots] = rows
+        return value.to(device)
+
+    per_slot = _per_slot(layer)
+    num_tokens, num_assignments, num_unrouted = plain["counts"].to(device)
+    statistics = plain["statistics"].items()
+    return RoutingRecords(
+        tokens_per_slot=spread(plain["tokens_per_expert"]),
+        num_tokens=num_tokens,
+        num_assignments=num_assignments,
+        num_unrouted=num_unrouted,
+        unrouted_sum=plain["unrouted_sum"].to(device),
+        statistics={name: spread(value) if name in per_slot else value.to(device) for name, value in statistics},
+    )
+
+
+def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plain records of several ranks, by layer; nothing of nobody."""
+    total: dict[str, Any] = {}
+    for part in parts:
+        for name, plain in part.items():
+            total[name] = _sum(total[name], plain) if name in total else plain
+    return total
+
+
+def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "expert_ids": a["expert_ids"],
+        **{key: a[key] + b[key] for key in ("tokens_per_expert", "counts", "unrouted_sum")},
+        "statistics": {name: a["statistics"][name] + b["statistics"][name] for name in a["statistics"]},
+    }
+
+
+# Random numbers
+
+
+def _rng_state() -> dict[str, Any]:
+    name, keys, *position = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position],
+        "python": [version, list(internal), gauss],
+    }
+    if get_accelerator().device_name() != "cpu":
+        state["device"] = get_accelerator().get_rng_state()
+    return state
+
+
+def _restore_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    name, keys, *position = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "device" in state and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(state["device"])

@@ -1,0 +1,5 @@
+"""Trained models on disk."""
+
+from dynmoe_ds.export.model import load_model, save_model
+
+__all__ = ["load_model", "save_model"]

@@ -1,0 +1,106 @@
+"""The checkpoints of a run: when they are written, which of them stay, and where a restarted run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dynmoe_ds.checkpoint.store import list_checkpoints, remove_old
+from dynmoe_ds.config.schema import CheckpointConfig
+from dynmoe_ds.distributed import assert_same_on_all_ranks
+from dynmoe_ds.engine import Engine
+from dynmoe_ds.errors import CheckpointError, DivergenceError
+from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, FINISHED_FILE
+
+logger = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Writes and finds the checkpoints in `<run_dir>/checkpoints`, which all ranks must see.
+
+    A checkpoint that cannot be written is reported, and training goes on: the next one is another chance.
+    """
+
+    def __init__(self, config: CheckpointConfig, run_dir: str | Path, engine: Engine) -> None:
+        self.config = config
+        self.folder = Path(run_dir) / CHECKPOINT_FOLDER
+        self._engine = engine
+
+    def resume(self) -> int:
+        """Go on from the latest checkpoint if there is one and `resume` is `auto`; the optimiser steps taken so far.
+
+        Collective: every rank. Raises: CheckpointError on every rank for a checkpoint that cannot be used,
+        DivergenceError if the ranks do not see the same checkpoints.
+        """
+        present = list(list_checkpoints(self.folder)) if self.config.resume == "auto" else []
+        advice = "The run folder must be on a disk that all ranks share."
+        assert_same_on_all_ranks("the checkpoints that are there", {f"{self.folder}": present}, advice=advice)
+        if not present:
+            return 0
+        path, _ = self._engine.load_checkpoint(self.folder)
+        if dist.get_rank() == 0:
+            logger.info("Going on from %s.", path)
+        return self._engine.global_steps
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint follows optimiser step `done`."""
+        return self.config.every_steps is not None and done % self.config.every_steps == 0
+
+    def save(self) -> bool:
+        """Write a checkpoint now, or begin to; whether that went well, of one in the background so far.
+
+        Collective: every rank.
+        """
+        self.settle()
+        try:
+            self._engine.save_checkpoint(self.folder, asynchronous=self.config.asynchronous)
+        except (CheckpointError, DivergenceError) as error:
+            _report(error)
+            return False
+        return self.config.asynchronous or self.settle()
+
+    def settle(self) -> bool:
+        """Wait for the checkpoint that is being written, then remove those that are too many; whether it went well.
+
+        Collective: every rank.
+        """
+        try:
+            self._engine.wait_for_checkpoint()
+        except (CheckpointError, DivergenceError) as error:
+            _report(error)
+            return False
+        if dist.get_rank() == 0 and self.folder.is_dir():
+            try:
+                remove_old(self.folder, self.config.keep)
+            except OSError as error:
+                logger.warning("Old checkpoints in %s cannot be removed: %s.", self.folder, error.strerror)
+        return True
+
+
+def clear_results(run_dir: str | Path, *names: str) -> None:
+    """Remove the mark and the folders `names` that an earlier end of a run has left, which this end writes anew."""
+    (Path(run_dir) / FINISHED_FILE).unlink(missing_ok=True)
+    for name in names:
+        shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
+
+
+def mark_finished(run_dir: str | Path, steps: int) -> None:
+    """Leave the mark by which a run that came to its end is known, whatever code its launcher returned."""
+    (Path(run_dir) / FINISHED_FILE).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
+
+
+def finished_steps(run_dir: str | Path) -> int | None:
+    """The optimiser steps of the run that came to its end in this folder; None if none did."""
+    try:
+        return int(json.loads((Path(run_dir) / FINISHED_FILE).read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _report(error: Exception) -> None:
+    if dist.get_rank() == 0:
+        logger.warning("No checkpoint was written, training goes on: %s", error)

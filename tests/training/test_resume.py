@@ -1,0 +1,174 @@
+"""A run that dies is started again by the same command and ends as if it had not died."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers.run_config import small_run
+from tests.helpers.spawn import RankFailed, run_ranks
+
+from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
+from dynmoe_ds.config.validate import find_faults
+from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError
+from dynmoe_ds.training.run_checkpoints import finished_steps
+from dynmoe_ds.training.trainer import Trainer
+
+CLOCKS = ("time_s", "train/tokens_per_second", "train/step_time_s")
+
+
+def config(folder: Path | str, asynchronous: bool = False, **values: Any) -> RunConfig:
+    """Adaptations at 4, 8 and 12, checkpoints at 3, 6, 9 and 12."""
+    checkpoint = CheckpointConfig(every_steps=3, keep=2, asynchronous=asynchronous)
+    return small_run(folder, parallel__num_ranks=2, parallel__ep_size=2, checkpoint=checkpoint, **values)
+
+
+def train(rank: int, world_size: int, run: RunConfig) -> int:
+    trainer = Trainer(run)
+    trainer.run()
+    return trainer.first_step
+
+
+def die_at(rank: int, world_size: int, run: RunConfig, step: int) -> None:
+    """Rank 1 is killed in the forward pass of optimiser step `step`, from 0."""
+    trainer = Trainer(run)
+    ordinary = trainer._train_step
+
+    def train_step(at: int) -> None:
+        if at == step and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ordinary(at)
+
+    trainer._train_step = train_step  # type: ignore[method-assign]
+    trainer.run()
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in found]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert run_ranks(train, 2, config(folder), timeout_s=120) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("step", "resumed_from"), [(2, 0), (5, 3), (10, 9)])
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    tmp_path: Path, undisturbed: Path, step: int, resumed_from: int
+) -> None:
+    folder = tmp_path / "killed"
+    with pytest.raises(RankFailed):
+        run_ranks(die_at, 2, config(folder), step, timeout_s=120)
+    assert finished_steps(folder) is None
+    assert run_ranks(train, 2, config(folder), timeout_s=120) == [resumed_from, resumed_from]
+    for name in ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl"):
+        assert lines(folder, name) == lines(undisturbed, name), name
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        undisturbed / "model" / "model.safetensors"
+    ).read_bytes()
+    assert (folder / "sample.txt").read_text() == (undisturbed / "sample.txt").read_text()
+    assert finished_steps(folder) == 12
+
+
+def test_the_undisturbed_run_did_adapt_and_keeps_two_checkpoints(undisturbed: Path) -> None:
+    assert [event["step"] for event in lines(undisturbed, "adaptation.jsonl")] == [4, 8, 12]
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000009",
+        "step-00000012",
+    ]
+
+
+def test_checkpoints_in_the_background_are_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(train, 2, config(folder, asynchronous=True), timeout_s=120)
+    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl")
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert len(list((folder / "checkpoints").iterdir())) == 3
+
+
+def test_a_finished_run_goes_on_with_more_steps_on_another_layout(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "longer"
+    shutil.copytree(undisturbed, folder)
+    longer = small_run(folder, training__steps=15, training__micro_batch_size=8, checkpoint=config(folder).checkpoint)
+    assert run_ranks(train, 1, longer, timeout_s=120) == [12]
+    steps = [line["step"] for line in lines(folder, "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 15
+    assert finished_steps(folder) == 15
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "finished"
+    shutil.copytree(undisturbed, folder)
+    assert run_ranks(train, 2, config(folder), timeout_s=120) == [12, 12]
+    for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step-00000012/manifest.json"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def test_a_folder_in_use_is_refused_unless_it_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert find_faults(config(tmp_path)) == [
+        f"run_dir {str(tmp_path)!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
+    ]
+    (tmp_path / "checkpoints").mkdir()
+    assert find_faults(config(tmp_path)) == []
+    never = small_run(tmp_path, checkpoint=CheckpointConfig(resume="never"))
+    assert len(find_faults(never)) == 1
+
+
+def test_values_that_cannot_work(tmp_path: Path) -> None:
+    faults = find_faults(small_run(tmp_path / "new", checkpoint=CheckpointConfig(every_steps=0, keep=0)))
+    assert faults == [
+        "checkpoint.keep is 0 but must be at least 1.",
+        "checkpoint.every_steps is 0 but must be at least 1.",
+    ]
+
+
+def error_of_another_model(rank: int, world_size: int, run: RunConfig) -> str:
+    try:
+        Trainer(run)
+    except (CheckpointError, DivergenceError, ConfigError) as error:
+        return f"{error}"
+    return ""
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "wider"
+    shutil.copytree(undisturbed, folder)
+    for error in run_ranks(error_of_another_model, 2, config(folder, model__hidden_size=48), timeout_s=120):
+        assert "is of another model" in error, error
+    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl"), "nothing is lost by it"
+
+
+def fail_to_save(rank: int, world_size: int, run: RunConfig) -> None:
+    trainer = Trainer(run)
+    folder = trainer.checkpoints.folder
+    ordinary = trainer._train_step
+
+    def train_step(at: int) -> None:
+        if rank == 0 and at == 3:  # after the first checkpoint something takes its place
+            folder.rename(folder.with_name("aside"))
+            folder.write_text("in the way")
+        if rank == 0 and at == 7:
+            folder.unlink()
+            folder.with_name("aside").rename(folder)
+        ordinary(at)
+
+    trainer._train_step = train_step  # type: ignore[method-assign]
+    trainer.run()
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "full"
+    run_ranks(fail_to_save, 2, config(folder), timeout_s=120)
+    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000009", "step-00000012"]
