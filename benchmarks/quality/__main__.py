@@ -36,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=Path("runs/quality"), help="folder of the cells' results")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the report")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of every cell")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every cell (default: the task's own)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS, reverse=True))
     parser.add_argument("--only", nargs="+", choices=sorted(VARIANTS), metavar="VARIANT", help="these variants only")
@@ -51,14 +51,14 @@ def main() -> int:
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed)}", file=sys.stderr)
         return 1
-    found = read(args.results, args.steps)
+    found = read(args.results, {task: args.steps or TASKS[task].steps for task in TASKS})
     machine = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         **{name: version(name) for name in PACKAGES},
     }
-    for path in write_report(found, args.output, machine=machine, steps=args.steps):
+    for path in write_report(found, args.output, machine=machine):
         print(path)
     return 0
 
@@ -68,7 +68,7 @@ def run_all(args: argparse.Namespace, names: list[str]) -> list[str]:
     args.results.mkdir(parents=True, exist_ok=True)
     for continuing in (False, True):
         jobs = [
-            (name, task, seed, args.steps, args.results)
+            (name, task, seed, args.steps or TASKS[task].steps, args.results)
             for seed in args.seeds
             for task in args.tasks
             for name in names
@@ -95,9 +95,10 @@ def run_all(args: argparse.Namespace, names: list[str]) -> list[str]:
     return []
 
 
-def read(folder: Path, steps: int) -> list[dict]:
-    """The results of this many steps, in the order of the variants."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{steps}-*.json"))]
+def read(folder: Path, steps: dict[str, int]) -> list[dict]:
+    """The results of these many steps by task, in the order of the variants."""
+    paths = [path for task, number in steps.items() for path in sorted(folder.glob(f"{task}-{number}-*.json"))]
+    found = [json.loads(path.read_text()) for path in paths]
     order = list(VARIANTS)
     return sorted(
         (result for result in found if result["variant"] in order),

@@ -13,16 +13,16 @@ REFERENCE = "top-2 of 16"
 Results = Sequence[Mapping[str, Any]]
 
 
-def write_report(results: Results, folder: Path, *, machine: Mapping[str, Any], steps: int) -> list[Path]:
+def write_report(results: Results, folder: Path, *, machine: Mapping[str, Any]) -> list[Path]:
     """Write `quality.md`'s tables, `quality.json` and `quality.png` into `folder`; give their paths.
 
     The markdown file between its two marks is replaced, what a person wrote around them is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tables = "\n".join(_tables(results, machine, steps))
+    tables = "\n".join(_tables(results, machine))
     page, data, plot = (folder / f"quality.{kind}" for kind in ("md", "json", "png"))
     page.write_text(_between_marks(page.read_text() if page.exists() else "", tables))
-    data.write_text(json.dumps({"machine": dict(machine), "steps": steps, "cells": list(results)}, indent=None))
+    data.write_text(json.dumps({"machine": dict(machine), "cells": list(results)}, indent=None))
     draw(results, plot)
     return [page, data, plot]
 
@@ -37,12 +37,13 @@ def _between_marks(page: str, tables: str) -> str:
     return f"{head}{_BEGIN}\n{tables}\n{_END}{rest.split(_END, 1)[1]}"
 
 
-def _tables(results: Results, machine: Mapping[str, Any], steps: int) -> Iterator[str]:
-    yield f"`python -m benchmarks.quality --steps {steps}`; " + ", ".join(f"{k} {v}" for k, v in machine.items()) + "."
+def _tables(results: Results, machine: Mapping[str, Any]) -> Iterator[str]:
+    yield "`python -m benchmarks.quality`; " + ", ".join(f"{k} {v}" for k, v in machine.items()) + "."
     for task in dict.fromkeys(result["task"] for result in results):
         of_task = [result for result in results if result["task"] == task]
         once = [result for result in of_task if VARIANTS[result["variant"]].resumed_from is None]
-        yield from ("", f"## {task}", "")
+        steps = ", ".join(f"{steps:,}" for steps in dict.fromkeys(result["steps"] for result in of_task))
+        yield from ("", f"## {task} ({steps} steps)", "")
         yield from _main_table(once)
         yield from ("", f"### Time to the final loss of {REFERENCE} ({task})", "")
         yield from _time_table(once)
@@ -197,9 +198,9 @@ def _growth_table(results: Results) -> Iterator[str]:
                "training TFLOPs", "time, s")  # fmt: skip
     yield _row(*["---"] * 7)
     for name, cells in variants.items():
-        small, large = VARIANTS[name].grows_between
-        if not small:
+        if not VARIANTS[name].grows_between:
             continue
+        small, large = VARIANTS[name].grows_between
         others = [{cell["seed"]: cell for cell in variants.get(other, [])} for other in (small, large)]
 
         def minus(at_seed: Mapping[int, Any], cells: Results = cells) -> str:
@@ -254,6 +255,11 @@ def _kind_table(results: Results) -> Iterator[str]:
         )
 
 
+def _range(values: Sequence[float]) -> list[list[float]]:
+    """Down to the least and up to the greatest from the mean, as matplotlib wants error bars."""
+    return [[max(mean(values) - min(values), 0.0)], [max(max(values) - mean(values), 0.0)]]
+
+
 def draw(results: Results, path: Path) -> None:
     """Held-out loss against mean active parameters, one panel per data set, bars over the seeds' range.
 
@@ -283,7 +289,7 @@ def draw(results: Results, path: Path) -> None:
             colour = colours[VARIANTS[name].group]
             axis.errorbar(
                 x, y,
-                xerr=[[x - min(active)], [max(active) - x]], yerr=[[y - min(loss)], [max(loss) - y]],
+                xerr=_range(active), yerr=_range(loss),
                 fmt="o", color=colour, elinewidth=0.8, markersize=5,
             )  # fmt: skip
             # To one side and the other in turn: neighbours in loss are often neighbours in place.

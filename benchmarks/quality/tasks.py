@@ -26,11 +26,12 @@ SPLITS = ("select", "judge")
 
 
 class Task(ABC):
-    """name: for tables. kinds: names of the token kinds whose mean k is reported. lr: peak learning rate."""
+    """name: for tables. kinds: names of the token kinds whose mean k is reported. steps: of a run, unless told."""
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     is_causal: ClassVar[bool]
+    steps: ClassVar[int]
     max_length: int
     num_classes: int
 
@@ -69,12 +70,15 @@ class TextEmbedding(nn.Module):
 class TextTask(Task):
     """Next-token prediction on `pydoc_data.topics`: byte-level BPE of 512 tokens, sequences of 128.
 
+    500 steps are 3 epochs. In 1,000 models with 16 experts learn the text by heart: their held-out loss rises again.
+
     Every fifth block of 2,000 characters is held out; the held-out blocks go to `select` and `judge` in turn.
     """
 
     name = "text"
     kinds = ()
     is_causal = True
+    steps = 500
     max_length = 128
     num_classes = 512
     batch_size = 8
@@ -135,6 +139,7 @@ class DigitsTask(Task):
     questions = ("name", "even", "add")
     kinds = (*(f"{q}/question" for q in questions), *(f"{q}/patch" for q in questions))
     is_causal = False
+    steps = 1000
     max_length = 9
     num_classes = 31
     batch_size = 96

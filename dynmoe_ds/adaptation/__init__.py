@@ -3,6 +3,7 @@
 from dynmoe_ds.adaptation.config import AdaptationConfig
 from dynmoe_ds.adaptation.controller import AdaptationController
 from dynmoe_ds.adaptation.event import AdaptationEvent, alarms, describe
+from dynmoe_ds.adaptation.lives import ExpertLives
 from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune, Split
 from dynmoe_ds.adaptation.rules import Decision, register_rule, rule_fault
 from dynmoe_ds.adaptation.split_rules import split_all, split_loaded, split_strained
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptationController",
     "AdaptationEvent",
     "Decision",
+    "ExpertLives",
     "Grow",
     "Move",
     "Plan",

@@ -10,6 +10,7 @@ LINE_LENGTH = 100
 
 EXIT_CODES = """exit codes:
   0  done      1  failed      2  a fault in the command, the configuration or the data      130  interrupted
+  85  stopped by SIGUSR1 after writing a checkpoint: the same command goes on
 """
 
 

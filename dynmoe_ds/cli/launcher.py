@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -80,8 +81,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, grace_s
     """Run a command in a process group of its own until the whole group is gone, and return its exit code.
 
     Ctrl-C, SIGTERM and a closed terminal stop the group: the same signal, `grace_s` later SIGTERM, then SIGKILL;
-    a second Ctrl-C brings SIGKILL at once. The code is then 128 + the signal. A launcher that was killed reports
-    success and leaves its ranks behind: these are stopped, and the code is 1.
+    a second Ctrl-C brings SIGKILL at once. The code is then 128 + the signal. SIGUSR1 is passed on to the group. A
+    launcher that was killed reports success and leaves its ranks behind: these are stopped, and the code is 1.
     """
     received: list[int] = []
 
@@ -97,8 +98,9 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, grace_s
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_ignore_interrupt,
+            preexec_fn=_ignore_signals,
         )
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: _pass_on(child.pid, number))
         while child.poll() is None and not received:
             time.sleep(0.05)
         if received:
@@ -116,12 +118,19 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, grace_s
             signal.signal(number, handler)
 
 
-def _ignore_interrupt() -> None:
+def _ignore_signals() -> None:
     """In the child, before it starts: the front process of the launcher would answer SIGINT with a traceback.
 
     The launcher's second process sets a handler of its own and stops the ranks; until it has, SIGTERM is what works.
+    SIGUSR1 would end both processes of the launcher and leave the ranks behind; the ranks have a handler of their own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _pass_on(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def _stop_group(group: int, received: list[int], grace_s: float) -> None:

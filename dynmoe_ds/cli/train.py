@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -75,12 +76,13 @@ def _run_rank(overrides: Sequence[str]) -> int:
     destruction of the process groups, and the launcher can only stop them after this rank is gone.
     """
     _interrupt_once()
+    should_stop = _stop_on_signal()
     rank, world_size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     _show_log(rank)
     # What one rank finds wrong, every rank reports. Rank 0 speaks first; another is heard if it fails alone. An error
     # of another kind may follow from a rank that is gone: that rank is heard first.
     try:
-        _train(overrides, world_size)
+        _train(overrides, world_size, should_stop)
     except DynMoEError as error:
         _wait(rank > 0 and world_size > 1)
         print(f"[rank {rank}] {error}", file=sys.stderr)
@@ -96,7 +98,7 @@ def _run_rank(overrides: Sequence[str]) -> int:
     return 0
 
 
-def _train(overrides: Sequence[str], world_size: int) -> None:
+def _train(overrides: Sequence[str], world_size: int, should_stop: Callable[[], bool]) -> None:
     """Check the configuration against the ranks there are, then train.
 
     Raises: ConfigError for another number of ranks than configured.
@@ -111,7 +113,7 @@ def _train(overrides: Sequence[str], world_size: int) -> None:
         )
     from dynmoe_ds.training.run import train
 
-    train(config)
+    train(config, should_stop)
 
 
 def _show_log(rank: int) -> None:
@@ -141,6 +143,13 @@ def _interrupt_once() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+
+
+def _stop_on_signal() -> Callable[[], bool]:
+    """Whether SIGUSR1 has come, which asks for a checkpoint and an end (Slurm: `--signal=USR1@120`)."""
+    asked = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
+    return asked.is_set
 
 
 def _wait(needed: bool) -> None:

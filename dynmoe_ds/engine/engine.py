@@ -16,6 +16,7 @@ from dynmoe_ds.adaptation import (
     AdaptationConfig,
     AdaptationController,
     AdaptationEvent,
+    ExpertLives,
     Plan,
     RecordingWindow,
     add_records,
@@ -76,6 +77,9 @@ class Engine:
         self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
         self.layers_known_full: set[str] = set()
+        self._last_records: dict[str, RoutingRecords] = {}
+        self._last_placements: dict[str, Placement] = {}
+        self.lives = ExpertLives(self.placements())
         self._writer: CheckpointWriter | None = None
         self.last_aux_loss: Tensor = torch.zeros(())
         self.masters = EngineMasters(deepspeed_engine)
@@ -131,6 +135,7 @@ class Engine:
             norm = self._deepspeed.get_global_grad_norm()
             self._gradient_norm = None if norm is None else float(norm)
         records, self._step_records = self._step_records, {}
+        self._last_records, self._last_placements = records, self.placements()
         self._untaken_records = add_records(self._untaken_records, records)
         self._update_routers(records)
         if self._window is not None:
@@ -144,7 +149,9 @@ class Engine:
         Collective: every rank, with the same plan. Raises: DivergenceError if the plans differ, PlacementError if the
         plan contradicts the placements; nothing has been changed then.
         """
-        return operate(plan, self._layers, self.masters, self._adaptation)
+        plan = operate(plan, self._layers, self.masters, self._adaptation)
+        self.lives.note(self.global_steps, self.placements())
+        return plan
 
     def window_records(self) -> dict[str, RoutingRecords]:
         """This rank's sums of the window so far, by layer; what a checkpoint keeps of it."""
@@ -183,6 +190,17 @@ class Engine:
         Collective: every rank.
         """
         return self._reduce(records)
+
+    def last_loads(self) -> dict[str, dict[int, int]]:
+        """Tokens by layer and expert id of the last optimiser step, over all ranks; no expert that came after it.
+
+        Collective: every rank.
+        """
+        return {
+            name: {expert_id: int(record.tokens_per_slot[slot]) for expert_id, slot in placement.slots_by_id.items()}
+            for name, record in self._reduce(self._last_records).items()
+            if (placement := self._last_placements.get(name)) is not None
+        }
 
     def observables(self) -> dict[str, dict[str, float]]:
         """The values of the routers' controllers by layer and name; equal on all ranks. Waits for the device once."""
@@ -371,6 +389,7 @@ class Engine:
         sampler = self._sampler if self._controller.rule.needs_sample else None
         plan = operate(plan, self._layers, self.masters, config, sampler)
         self._sampler.clear()
+        self.lives.note(step, self.placements())
         event = describe(
             plan,
             step=step,

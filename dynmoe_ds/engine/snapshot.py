@@ -33,6 +33,7 @@ _BYTES_AT_ONCE = 2**30
 def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
     """The state of `engine` between two optimiser steps, on the host. Collective: every rank."""
     masters, layers = engine.masters, engine.layers
+    experts = _experts(engine)
     state = {
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "optimizer_steps": _optimizer_steps(engine),
@@ -53,7 +54,7 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
         described={
             "optimizer": masters.optimizer_name(),
             "state_names": list(masters.state_names()),
-            "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "layers": {name: _describe(layer) | {"experts": experts[name]} for name, layer in layers.items()},
             "layout": {
                 "world_size": dist.get_world_size(),
                 "zero_stage": engine.zero_stage,
@@ -83,6 +84,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, group: dist.ProcessGroup | N
     engine.masters.make_states(state_names)
     for name, layer in layers.items():
         layer.placement, layer.seed = placements[name], int(described[name]["seed"])
+        engine.lives.restore(name, described[name]["experts"])
     for part in _in_parts(engine.module, engine.masters, state_names):
         wanted = {name: tensor for loading in part for name, tensor in loading.wanted.items()}
         read_tensors(checkpoint, wanted, group)
@@ -234,6 +236,18 @@ def _describe(layer: MoELayer) -> dict[str, Any]:
         "expert": layer.expert_kind,
         "router": type(layer.router.config).__name__,
         "seed": layer.seed,
+    }
+
+
+def _experts(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Births, deaths and the load of the last optimiser step by layer and expert id. Collective: every rank."""
+    loads = engine.last_loads()
+    return {
+        name: {
+            f"{expert_id}": life | {"last_load": loads.get(name, {}).get(expert_id)}
+            for expert_id, life in engine.lives.of(name).items()
+        }
+        for name in engine.layers
     }
 
 

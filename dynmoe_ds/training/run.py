@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
 
+EXIT_PREEMPTED = 85
+"""Neither shells nor launchers use it, so that it can mean: start me again."""
 
-def train(config: RunConfig) -> None:
+
+def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Train as `config` says and leave the run folder behind; what `dynmoe train` calls on every rank.
 
-    Collective: every rank. Raises: KeyboardInterrupt, after what was written has been put in order.
+    Collective: every rank. Raises: KeyboardInterrupt, after what was written has been put in order; SystemExit with
+    code 85, with a checkpoint written, after `should_stop` was true on any rank.
     """
-    Trainer(config, stream=sys.stderr if sys.stderr.isatty() else None).run()
+    trainer = Trainer(config, stream=sys.stderr if sys.stderr.isatty() else None, should_stop=should_stop)
+    try:
+        trainer.run()
+    except Preempted as stopped:
+        # Rank 0 draws its report, and as soon as one rank has left the launcher stops the others.
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"{stopped} The same command with the same run_dir goes on from there.", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED) from stopped
     # Only after success: after a failure the other ranks may still be inside a collective.
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -17,6 +18,15 @@ from dynmoe_ds.errors import CheckpointError, DivergenceError
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, FINISHED_FILE
 
 logger = logging.getLogger(__name__)
+
+
+class Preempted(Exception):
+    """Training was asked to stop, and stopped after optimiser step `step` with a checkpoint. Raised on every rank."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        super().__init__(f"Stopped after optimiser step {step}, as asked. {path} was written.")
+        self.step = step
+        self.path = path
 
 
 class RunCheckpoints:
@@ -62,6 +72,15 @@ class RunCheckpoints:
             _report(error)
             return False
         return self.config.asynchronous or self.settle()
+
+    def save_and_stop(self) -> NoReturn:
+        """Write a checkpoint and end the training.
+
+        Collective: every rank. Raises: Preempted; CheckpointError, or DivergenceError, if it cannot be written.
+        """
+        self.settle()
+        path = self._engine.save_checkpoint(self.folder)
+        raise Preempted(self._engine.global_steps, path)
 
     def settle(self) -> bool:
         """Wait for the checkpoint that is being written, then remove those that are too many; whether it went well.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -39,13 +40,17 @@ MODEL_FOLDER = "model"
 class Trainer:
     """One run from its configuration: `Trainer(config).run()` on every rank. What is learnt is `task`'s business.
 
-    `stream` is where rank 0 shows its progress; None sends it to `logging`.
+    `stream` is where rank 0 shows its progress; None sends it to `logging`. `should_stop` is asked after every
+    optimiser step: as soon as it is true on any rank, all stop with a checkpoint.
     Collective: construction and `run`. Raises, on every rank: ConfigError for a configuration that cannot work,
     DataError for data that cannot be used.
     """
 
-    def __init__(self, config: RunConfig, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, stream: TextIO | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
         self.config = config
+        self._should_stop = should_stop
         timeout_s = config.parallel.process_group_timeout_s
         init_distributed(timeout_s)
         faults = find_faults(config, check_files=dist.get_rank() == 0)
@@ -82,7 +87,7 @@ class Trainer:
 
         A step is logged every `log_every_steps` steps, whenever it is evaluated or saved, and at the end. A run that is
         resumed begins after the step of its latest checkpoint.
-        Collective: every rank. Raises: KeyboardInterrupt, after an orderly end.
+        Collective: every rank. Raises: KeyboardInterrupt, after an orderly end; Preempted when it was asked to stop.
         """
         steps, training = self.config.training.steps, self.config.training
         if (finished := finished_steps(self.run_dir)) is not None and finished >= steps:
@@ -99,14 +104,17 @@ class Trainer:
                 self._train_step(step)
                 done = step + 1
                 is_eval = done % training.eval_every_steps == 0 or done == steps
-                is_saved = self.checkpoints.is_due(done)
+                is_stopping = self._is_any_rank_stopping() and done < steps
+                is_saved = self.checkpoints.is_due(done) and not is_stopping
                 # What is logged at a checkpoint need not be in it.
-                is_log = is_eval or is_saved or done % training.log_every_steps == 0
+                is_log = is_eval or is_saved or is_stopping or done % training.log_every_steps == 0
                 self._follow_experts(is_log)
                 if is_log:
                     self._log(done, is_eval)
                 if is_saved:
                     self.checkpoints.save()
+                if is_stopping:
+                    self.checkpoints.save_and_stop()
             self.checkpoints.settle()
             if dist.get_rank() == 0:
                 clear_results(self.run_dir, MODEL_FOLDER)
@@ -128,6 +136,13 @@ class Trainer:
     def run_dir(self) -> str:
         """The folder that rank 0 writes."""
         return self.config.run_dir
+
+    def _is_any_rank_stopping(self) -> bool:
+        """Whether any rank was asked to stop. Collective: every rank, so that all stop after the same step."""
+        asked = torch.tensor(float(self._should_stop()), device=self.engine.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
 
     def _train_step(self, step: int) -> None:
         """One optimiser step at the step's learning rate: every micro-batch forward and backward, then the update."""

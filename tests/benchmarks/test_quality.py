@@ -120,10 +120,10 @@ def test_where_a_curve_reaches_a_loss() -> None:
 
 
 def test_the_report_keeps_what_a_person_wrote(tmp_path: Path) -> None:
-    write_report([], tmp_path, machine={"python": "3"}, steps=5)
+    write_report([], tmp_path, machine={"python": "3"})
     page = tmp_path / "quality.md"
     page.write_text("# Mine\n" + page.read_text() + "and this\n")
-    write_report([], tmp_path, machine={"python": "4"}, steps=5)
+    write_report([], tmp_path, machine={"python": "4"})
     text = page.read_text()
     assert text.startswith("# Mine\n") and text.endswith("and this\n") and "python 4" in text and "python 3" not in text
 

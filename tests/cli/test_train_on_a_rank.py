@@ -15,7 +15,7 @@ import pytest
 RANK = """
 import sys, threading, time, types
 from dynmoe_ds.errors import DataError
-def train(config):
+def train(config, should_stop):
     threading.Thread(target=time.sleep, args=(300,)).start()
     print("training", flush=True)
     {body}
@@ -132,6 +132,19 @@ def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str
     raise SystemExit(0)
     """
     assert end(start(tmp_path, body.strip(), rank=rank)) == (0, "training\n", seen)
+
+
+def test_sigusr1_asks_the_training_to_stop(tmp_path: Path) -> None:
+    body = """
+    while not should_stop():
+        time.sleep(0.01)
+    raise SystemExit(85)
+    """
+    process = start(tmp_path, body.strip())
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGUSR1)
+    assert end(process) == (85, "", "")
 
 
 def test_an_exit_asked_for_by_the_training_keeps_its_code(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.spawn import RankFailed, run_ranks
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError
-from dynmoe_ds.training.run_checkpoints import finished_steps
+from dynmoe_ds.training.run_checkpoints import Preempted, finished_steps
 from dynmoe_ds.training.trainer import Trainer
 
 CLOCKS = ("time_s", "train/tokens_per_second", "train/step_time_s")
@@ -146,6 +146,34 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, undisturbed
     for error in run_ranks(error_of_another_model, 2, config(folder, model__hidden_size=48), timeout_s=120):
         assert "is of another model" in error, error
     assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl"), "nothing is lost by it"
+
+
+def be_preempted(rank: int, world_size: int, run: RunConfig) -> str:
+    steps = 0
+
+    def should_stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return rank == 1 and steps == 5
+
+    try:
+        Trainer(run, should_stop=should_stop).run()
+    except Preempted as stopped:
+        return f"{stopped}"
+    return "not stopped"
+
+
+def test_a_run_that_one_rank_is_asked_to_stop_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "preempted"
+    want = f"Stopped after optimiser step 5, as asked. {folder / 'checkpoints' / 'step-00000005'} was written."
+    assert run_ranks(be_preempted, 2, config(folder), timeout_s=120) == [want, want]
+    assert finished_steps(folder) is None
+    assert run_ranks(train, 2, config(folder), timeout_s=120) == [5, 5]
+    assert lines(folder, "adaptation.jsonl") == lines(undisturbed, "adaptation.jsonl")
+    model = "model/model.safetensors"
+    assert (folder / model).read_bytes() == (undisturbed / model).read_bytes()
+    steps = [line["step"] for line in lines(undisturbed, "metrics.jsonl")]
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == sorted({*steps, 5})
 
 
 def fail_to_save(rank: int, world_size: int, run: RunConfig) -> None:
