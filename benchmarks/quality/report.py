@@ -149,17 +149,26 @@ def first_below(curve: Sequence[Mapping[str, float]], goal: float) -> dict[str, 
 def _grid_lines(results: Results) -> Iterator[str]:
     """The DynMoE paper's claim: tuning-free against the mean and the best of the fixed K x k grid.
 
-    The best cell is chosen on `select` and compared on `judge`, seed by seed.
+    The best cells, of all and of those with no more active parameters than a variant (to 2 %, which routers of other
+    sizes differ by), are chosen on `select` and compared on `judge`, seed by seed.
     """
     variants = by_variant(results)
     grid = {name: cells for name, cells in variants.items() if VARIANTS[name].group == "grid"}
     if not grid:
         return
-    best = min(grid, key=lambda name: mean(cell["final"]["select"]["loss"] for cell in grid[name]))
+
+    def selected(name: str) -> float:
+        return mean(cell["final"]["select"]["loss"] for cell in grid[name])
+
+    best = min(grid, key=selected)
     seeds = set.intersection(*({cell["seed"] for cell in cells} for cells in grid.values()))
 
     def judge_loss(name: str, seed: int) -> float:
         return next(cell["final"]["judge"]["loss"] for cell in variants[name] if cell["seed"] == seed)
+
+    def minus(name: str, other: str) -> str:
+        common = [{cell["seed"] for cell in variants[of]} for of in (name, other)]
+        return spread(judge_loss(name, seed) - judge_loss(other, seed) for seed in sorted(common[0] & common[1]))
 
     def active(name: str) -> float:
         return mean(judged(variants[name], lambda final: final["active_parameters"]))
@@ -167,22 +176,27 @@ def _grid_lines(results: Results) -> Iterator[str]:
     grid_mean = {seed: mean(judge_loss(name, seed) for name in grid) for seed in seeds}
     yield (
         f"Mean of the {len(grid)} cells of the grid {mean(grid_mean.values()):.4f}; best cell (chosen on `select`) "
-        f"{best}, {mean(judge_loss(best, seed) for seed in seeds):.4f} with {active(best) / 1e3:.1f}k active "
-        "parameters. Differences on `judge`, by seed; negative is better than the grid."
+        f"{best}, {mean(judged(grid[best], lambda final: final['loss'])):.4f} with {active(best) / 1e3:.1f}k active "
+        "parameters. Differences on `judge`, by seed; negative is better than the grid. The last column is against the "
+        "best cell that has no more active parameters (to 2 %)."
     )
     yield ""
-    yield _row("variant", "minus mean of the grid", "minus best cell", "active, against best cell")
-    yield _row(*["---"] * 4)
+    yield _row("variant", "minus mean of the grid", "minus best cell", "active, against best cell",
+               "minus best cell of its size")  # fmt: skip
+    yield _row(*["---"] * 5)
     for name, cells in variants.items():
         if VARIANTS[name].group in ("grid", "dense"):
             continue
         common = sorted(seeds & {cell["seed"] for cell in cells})
         if common:
+            affordable = [cell for cell in grid if active(cell) <= 1.02 * active(name)]
+            peer = min(affordable, key=selected, default=None)
             yield _row(
                 name,
                 spread(judge_loss(name, seed) - grid_mean[seed] for seed in common),
-                spread(judge_loss(name, seed) - judge_loss(best, seed) for seed in common),
+                minus(name, best),
                 f"{active(name) / active(best):.2f}x",
+                "–" if peer is None else f"{minus(name, peer)} ({peer})",
             )
 
 
@@ -197,6 +211,7 @@ def _growth_table(results: Results) -> Iterator[str]:
     yield _row("variant", "loss (judge)", "minus small pool", "minus large pool", "live experts, mean / at the end",
                "training TFLOPs", "time, s")  # fmt: skip
     yield _row(*["---"] * 7)
+    shown: tuple[str, ...] = ()
     for name, cells in variants.items():
         if not VARIANTS[name].grows_between:
             continue
@@ -209,8 +224,9 @@ def _growth_table(results: Results) -> Iterator[str]:
             return spread(ours - theirs for ours, theirs in losses) if pairs else "–"
 
         for label, of_label in ((f"*{small}*", variants.get(small)), (f"*{large}*", variants.get(large))):
-            if of_label:
+            if of_label and shown != (small, large):
                 yield _growth_row(label, of_label, "", "")
+        shown = small, large
         yield _growth_row(f"**{name}**", cells, *(minus(other) for other in others))
 
 
@@ -301,6 +317,8 @@ def draw(results: Results, path: Path) -> None:
             handles.append(plt.Line2D([], [], marker="o", ls="", color=colour, label=label))
         axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         axis.set(xscale="log", xlabel="active parameters per token, thousands", title=task)
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks("{x:.0f}")
         axis.set_ylabel("held-out loss on judge, nats (mean and range over seeds)")
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()

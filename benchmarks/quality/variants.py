@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import dynmoe_ds as dm
 from dynmoe_ds.routing import RouterConfig
@@ -46,15 +47,16 @@ def _paper_growth(steps: int) -> dm.AdaptationConfig:
     return dm.AdaptationConfig(every_steps=every, window_steps=max(every // 2, 1), seeding="fresh", noise=0.0)
 
 
-def _split_all(steps: int) -> dm.AdaptationConfig:
-    """Every expert splits at 10 % and at 20 % of the run; pruning by share of load to the end."""
-    every = max(steps // 10, 2)
+def _split_all(steps: int, part: int = 10, **options: float) -> dm.AdaptationConfig:
+    """Every expert splits at one and at two `part`-ths of the run; pruning by share of load to the end."""
+    every = max(steps // part, 2)
     return dm.AdaptationConfig(
         every_steps=every,
         window_steps=min(8, every),
         rule="split_all",
         last_growth_step=2 * every,
         prune_below_share=0.1,
+        **options,
     )
 
 
@@ -129,7 +131,14 @@ def _all() -> list[Variant]:
             )
         )
     small, large = "top-any budget 2 of 4", "top-any budget 2"
-    for rule, growth in (("all", _split_all), ("strained", _split_strained)):
+    attempts: dict[str, Callable[[int], dm.AdaptationConfig]] = {
+        "all": _split_all,
+        "all, half of the child reset": partial(_split_all, split_reset_share=0.5),
+        "all, rows 30 % apart": partial(_split_all, split_separation=0.3),
+        "all, at 5 and 10 %": partial(_split_all, part=20),
+        "strained": _split_strained,
+    }
+    for rule, growth in attempts.items():
         found.append(
             Variant(
                 name=f"4 split to 16 ({rule})",
