@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from pathlib import Path
@@ -46,7 +47,10 @@ def layer_with_mean_k(
         seed=0,
     )
     with torch.no_grad():
-        scores = F.normalize(x, dim=1) @ F.normalize(layer.router.weight, dim=1).T
+        if layer.router.config.score == "softmax":
+            scores = F.log_softmax(x @ layer.router.weight.T, dim=1) + math.log(num_experts)
+        else:
+            scores = F.normalize(x, dim=1) @ F.normalize(layer.router.weight, dim=1).T
         layer.router.threshold.copy_(torch.quantile(scores, 1 - k / num_experts, dim=0))
     with dm.StepLedger() as ledger:
         layer(x)
