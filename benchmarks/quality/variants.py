@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import dynmoe_ds as dm
 from dynmoe_ds.routing import RouterConfig
@@ -72,107 +73,87 @@ def _split_strained(steps: int) -> dm.AdaptationConfig:
     )
 
 
-def _all() -> list[Variant]:
-    paper, recommended = dm.TopAnyConfig(), dm.TopAnyConfig.recommended()
-    # The recommendation of the study before this one.
-    cosine = replace(recommended, score="cosine", temperature=10.0, diversity_weight=0.01, simplicity_weight=0.01)
-    found = [
-        Variant(name="dense", group="dense", router=None, ffn_hidden_size=2 * EXPERT_FFN),
-        Variant(name="dense x2", group="dense", router=None, ffn_hidden_size=4 * EXPERT_FFN),
-    ]
+PAPER, RECOMMENDED, BUDGETED = dm.TopAnyConfig(), dm.TopAnyConfig.recommended(), dm.TopAnyConfig.budgeted(2.0)
+# The recommendation of the study before this one.
+COSINE = replace(RECOMMENDED, score="cosine", temperature=10.0, diversity_weight=0.01, simplicity_weight=0.01)
+BUDGET = dm.BudgetConfig(target_k=2.0)
+SMALL, LARGE = "top-any budget 2 of 4", "top-any budget 2"
+CONTINUED_SMALL, CONTINUED_LARGE = "trained 4, continued", "trained 16, continued"
+
+
+def _pool(name: str, group: str, router: RouterConfig, num_experts: int = 16, **options: Any) -> Variant:
+    """A variant with a full pool."""
+    return Variant(name=name, group=group, router=router, num_experts=num_experts, num_slots=num_experts, **options)
+
+
+def _references() -> Iterator[Variant]:
+    for name, factor in (("dense", 2), ("dense x2", 4)):
+        yield Variant(name=name, group="dense", router=None, ffn_hidden_size=factor * EXPERT_FFN)
     for num_experts in (4, 8, 16):
         for k in (1, 2, 4):
-            found.append(
-                Variant(
-                    name=f"top-{k} of {num_experts}",
-                    group="grid",
-                    router=dm.TopKConfig(k=k),
-                    num_experts=num_experts,
-                    num_slots=num_experts,
-                )
-            )
-    budget = dm.BudgetConfig(target_k=2.0)
-    found += [
-        Variant(name="top-p 0.4", group="top-p", router=dm.TopPConfig(p=0.4)),
-        Variant(name="top-p budget 2", group="top-p", router=dm.TopPConfig(budget=budget)),
-        Variant(name="relu 2", group="relu", router=dm.ReluConfig(target_k=2.0)),
-        Variant(name="relu budget 2", group="relu", router=dm.ReluConfig.budgeted(2.0)),
-        Variant(name="expert threshold 2", group="threshold", router=dm.ExpertThresholdConfig(target_k=2.0)),
-        Variant(name="top-any paper", group="top-any", router=paper),
-        Variant(name="top-any cosine", group="top-any cosine", router=cosine),
-        Variant(
-            name="top-any cosine budget 2",
-            group="top-any cosine",
-            router=replace(cosine, price_weight=0.0, budget=budget),
-        ),
-        Variant(name="top-any recommended", group="top-any", router=recommended),
-        Variant(name="top-any budget 2", group="top-any", router=dm.TopAnyConfig.budgeted(2.0), is_continued=True),
-        Variant(name="top-any budget 4", group="top-any", router=dm.TopAnyConfig.budgeted(4.0)),
-        Variant(
-            name="top-any paper, grown from 4",
-            group="growth",
-            router=paper,
-            num_experts=4,
-            growth=_paper_growth,
-            grows_between=("top-any paper of 4", "top-any paper"),
-        ),
-        Variant(name="top-any paper of 4", group="top-any", router=paper, num_experts=4, num_slots=4),
-    ]
-    budgeted = dm.TopAnyConfig.budgeted(2.0)
-    for num_experts in (4, 8):
-        found.append(
-            Variant(
-                name=f"top-any budget 2 of {num_experts}",
-                group="top-any",
-                router=budgeted,
-                num_experts=num_experts,
-                num_slots=num_experts,
-                is_continued=num_experts == 4,
-            )
-        )
-    small, large = "top-any budget 2 of 4", "top-any budget 2"
-    attempts: dict[str, Callable[[int], dm.AdaptationConfig]] = {
+            yield _pool(f"top-{k} of {num_experts}", "grid", dm.TopKConfig(k=k), num_experts)
+
+
+def _routers() -> Iterator[Variant]:
+    yield _pool("top-p 0.4", "top-p", dm.TopPConfig(p=0.4))
+    yield _pool("top-p budget 2", "top-p", dm.TopPConfig(budget=BUDGET))
+    yield _pool("relu 2", "relu", dm.ReluConfig(target_k=2.0))
+    yield _pool("relu budget 2", "relu", dm.ReluConfig.budgeted(2.0))
+    yield _pool("expert threshold 2", "threshold", dm.ExpertThresholdConfig(target_k=2.0))
+    yield _pool("top-any paper", "top-any", PAPER)
+    yield _pool("top-any cosine", "top-any cosine", COSINE)
+    yield _pool("top-any cosine budget 2", "top-any cosine", replace(COSINE, price_weight=0.0, budget=BUDGET))
+    yield _pool("top-any recommended", "top-any", RECOMMENDED)
+    yield _pool(LARGE, "top-any", BUDGETED, is_continued=True)
+    yield _pool("top-any budget 4", "top-any", dm.TopAnyConfig.budgeted(4.0))
+    yield _pool("top-any paper of 4", "top-any", PAPER, 4)
+    yield _pool(SMALL, "top-any", BUDGETED, 4, is_continued=True)
+    yield _pool("top-any budget 2 of 8", "top-any", BUDGETED, 8)
+
+
+def _grown() -> Iterator[Variant]:
+    yield Variant(
+        name="top-any paper, grown from 4",
+        group="growth",
+        router=PAPER,
+        num_experts=4,
+        growth=_paper_growth,
+        grows_between=("top-any paper of 4", "top-any paper"),
+    )
+    forms: dict[str, Callable[[int], dm.AdaptationConfig]] = {
         "all": _split_all,
         "all, half of the child reset": partial(_split_all, split_reset_share=0.5),
         "all, rows 30 % apart": partial(_split_all, split_separation=0.3),
         "all, at 5 and 10 %": partial(_split_all, part=20),
         "strained": _split_strained,
     }
-    for rule, growth in attempts.items():
-        found.append(
-            Variant(
-                name=f"4 split to 16 ({rule})",
-                group="growth",
-                router=budgeted,
-                num_experts=4,
-                growth=growth,
-                grows_between=(small, large),
-            )
+    for form, growth in forms.items():
+        yield Variant(
+            name=f"4 split to 16 ({form})",
+            group="growth",
+            router=BUDGETED,
+            num_experts=4,
+            growth=growth,
+            grows_between=(SMALL, LARGE),
         )
-    # A trained checkpoint that continues: as small as it is, or split; against the large pool trained as long.
-    found += [
-        Variant(
-            name="trained 4, continued",
-            group="continued",
-            router=budgeted,
-            num_experts=4,
-            num_slots=4,
-            resumed_from=small,
-            lr_factor=0.5,
-        ),
-        Variant(
-            name="trained 4, continued and split to 16",
-            group="continued",
-            router=budgeted,
-            num_experts=4,
-            growth=_split_all,
-            grows_between=("trained 4, continued", "trained 16, continued"),
-            resumed_from=small,
-            lr_factor=0.5,
-        ),
-        Variant(name="trained 16, continued", group="continued", router=budgeted, resumed_from=large, lr_factor=0.5),
-    ]
-    return found
 
 
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _all()}
+def _continued() -> Iterator[Variant]:
+    """A trained checkpoint goes on: as small as it is, or split; against the large pool trained as long."""
+    yield _pool(CONTINUED_SMALL, "continued", BUDGETED, 4, resumed_from=SMALL, lr_factor=0.5)
+    yield Variant(
+        name="trained 4, continued and split to 16",
+        group="continued",
+        router=BUDGETED,
+        num_experts=4,
+        growth=_split_all,
+        grows_between=(CONTINUED_SMALL, CONTINUED_LARGE),
+        resumed_from=SMALL,
+        lr_factor=0.5,
+    )
+    yield _pool(CONTINUED_LARGE, "continued", BUDGETED, resumed_from=LARGE, lr_factor=0.5)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variant in (*_references(), *_routers(), *_grown(), *_continued())
+}

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dynmoe_ds.checkpoint.json_manifest import manifest_header, read_json_manifest
 from dynmoe_ds.checkpoint.publish import aside_of, flush, publish
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.errors import CheckpointError
@@ -233,7 +234,7 @@ def _own_files(aside: Path, is_first: bool) -> dict[str, dict[str, Any]]:
 
 
 def _finish(snapshot: Snapshot, path: Path, aside: Path, files: list[dict[str, Any]]) -> None:
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": snapshot.step}
+    header = manifest_header(FORMAT, FORMAT_VERSION) | {"step": snapshot.step}
     by_name = {name: described for of_rank in files for name, described in sorted(of_rank.items())}
     text = json.dumps({**header, **snapshot.described, "files": by_name}, indent=1) + "\n"
     (aside / MANIFEST_FILE).write_text(text, encoding="utf-8")
@@ -256,19 +257,8 @@ def _latest(folder: Path) -> Path | None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Give a folder of checkpoints.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged or was cut off: {error}. Use another checkpoint.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no manifest of a checkpoint: its `format` is not {FORMAT!r}.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {manifest.get('format_version')}, but this dynmoe_ds reads version "
-            f"{FORMAT_VERSION}. Use the dynmoe_ds that wrote it."
-        )
+    advice = "Use another checkpoint."
+    manifest = read_json_manifest(path, FORMAT, FORMAT_VERSION, kind="checkpoint", advice=advice)
     missing = [key for key in ("step", "layers", "files", "layout", "optimizer", "state_names") if key not in manifest]
     if missing:
         raise CheckpointError(f"{path} is damaged: it has no {', '.join(missing)}. Use another checkpoint.")

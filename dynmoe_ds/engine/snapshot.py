@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,17 @@ _BYTES_AT_ONCE = 2**30
 
 
 def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
-    """The state of `engine` between two optimiser steps, on the host. Collective: every rank."""
+    """The state of `engine` between two optimiser steps, on the host; training may change the engine's own meanwhile.
+
+    Collective: every rank.
+    """
     masters, layers = engine.masters, engine.layers
     experts = _experts(engine)
     state = {
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "optimizer_steps": _optimizer_steps(engine),
         "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "scheduler": copy.deepcopy(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
         "layers_known_full": sorted(engine.layers_known_full),
     }
     return Snapshot(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dynmoe_ds.checkpoint.json_manifest import manifest_header, read_json_manifest
 from dynmoe_ds.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -45,8 +45,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in the file."""
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "dynmoe_ds_version": _own_version()}
-        return header | asdict(self)
+        return manifest_header(FORMAT, FORMAT_VERSION) | asdict(self)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -60,21 +59,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: CheckpointError, naming the file, if it is missing, damaged or of another format.
     """
     path = folder / MANIFEST_FILE
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Give the folder that save_model wrote, such as RUN_DIR/model."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged or was cut off: {error}. Copy the whole folder again.") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no manifest of a model: its `format` is not {FORMAT!r}. Give another folder.")
-    if plain.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {plain.get('format_version')}, but this dynmoe_ds reads version "
-            f"{FORMAT_VERSION}. Use the dynmoe_ds that wrote it ({plain.get('dynmoe_ds_version')})."
-        )
+    plain = read_json_manifest(path, FORMAT, FORMAT_VERSION, kind="model", advice="Copy the whole folder again.")
     try:
         return Manifest(
             model_class=plain["model_class"],
@@ -86,14 +71,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is damaged: {type(error).__name__} {error}. Copy the whole folder again."
         ) from error
-
-
-def _own_version() -> str | None:
-    """None where the package is used without being installed."""
-    try:
-        return importlib.metadata.version("dynmoe-ds")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _layer(plain: Mapping[str, Any]) -> LayerManifest:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
 from dynmoe_ds.routing.cosine import cosine_quantile
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
@@ -115,18 +116,14 @@ class ExpertThresholdRouter(Router):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight = hidden.to(dtype), self.weight.to(dtype)
             scores = hidden @ weight.T
-            eligible = active.expand_as(scores) if real is None else active & real[:, None]
+            eligible = eligible_pairs(active, real, len(hidden))
             margins = scores.detach() - self._thresholds(hidden.detach(), weight.detach(), active)
 
             passed = (margins > 0) & eligible
-            unrouted = ~passed.any(1) if real is None else ~passed.any(1) & real
-            chosen = passed
-            if config.k_max is not None and config.k_max < len(active):
-                best = margins.masked_fill(~passed, -torch.inf).topk(config.k_max, dim=1).indices
-                chosen = passed & torch.zeros_like(passed).scatter(1, best, True)
+            unrouted = without_choice(passed, real)
+            chosen = keep_greatest(passed, margins, config.k_max)
             if not self.training or config.training_fallback == "top_1":
-                best = margins.masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
-                chosen = chosen | (torch.zeros_like(passed).scatter(1, best, unrouted[:, None]) & eligible)
+                chosen = chosen | best_expert(unrouted, margins, active, eligible)
             weights = torch.where(chosen, torch.sigmoid(scores), 0.0)
         return Routing(
             mask=chosen,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynmoe_ds.routing import losses
 from dynmoe_ds.routing.budget import Budget, BudgetConfig
+from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
@@ -172,19 +173,15 @@ class ReluRouter(Router):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = config.score_scale * (hidden.to(dtype) @ self.weight.to(dtype).T)
-            eligible = active.expand_as(scores) if real is None else active & real[:, None]
+            eligible = eligible_pairs(active, real, len(hidden))
             is_open = (scores > 0) & eligible
             aux = self._aux_losses(scores, is_open, eligible, active, real)
 
-            unrouted = ~is_open.any(1) if real is None else ~is_open.any(1) & real
-            chosen = is_open
-            if config.k_max is not None and config.k_max < len(active):
-                best = scores.detach().masked_fill(~is_open, -torch.inf).topk(config.k_max, dim=1).indices
-                chosen = is_open & torch.zeros_like(is_open).scatter(1, best, True)
+            unrouted = without_choice(is_open, real)
+            chosen = keep_greatest(is_open, scores, config.k_max)
             weights = torch.where(chosen, scores, 0.0)
             if not self.training:
-                best = scores.detach().masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
-                forced = torch.zeros_like(is_open).scatter(1, best, unrouted[:, None]) & eligible
+                forced = best_expert(unrouted, scores, active, eligible)
                 weights = torch.where(forced, FALLBACK_SHARE * config.score_scale, weights)
                 chosen = chosen | forced
         return Routing(mask=chosen, weights=weights, aux_losses=aux, unrouted=unrouted)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynmoe_ds.routing import losses
 from dynmoe_ds.routing.balancing_bias import SELECTION_BIAS, add_selection_bias, bias_faults, move_selection_bias
 from dynmoe_ds.routing.budget import Budget, BudgetConfig
+from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
 from dynmoe_ds.routing.cosine import cosine_quantile, cosine_scores
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
@@ -190,17 +191,14 @@ class TopAnyRouter(Router):
             threshold = self._thresholds(self.threshold.to(dtype), self._buffers.get(SELECTION_BIAS), active)
             rows = losses.unit_rows(weight, active)
             scores = self._scores(hidden, weight, rows, active)
-            eligible = active.expand_as(scores) if real is None else active & real[:, None]
+            eligible = eligible_pairs(active, real, len(hidden))
 
             chosen = (scores > threshold) & eligible
             margins = torch.sigmoid(config.temperature * scores) - torch.sigmoid(config.temperature * threshold)
-            unrouted = ~chosen.any(1) if real is None else ~chosen.any(1) & real
-            if config.k_max is not None and config.k_max < len(active):
-                best = margins.detach().masked_fill(~chosen, -torch.inf).topk(config.k_max, dim=1).indices
-                chosen = chosen & torch.zeros_like(chosen).scatter(1, best, True)
+            unrouted = without_choice(chosen, real)
+            chosen = keep_greatest(chosen, margins, config.k_max)
             if not self.training or config.training_fallback == "top_1":
-                best = margins.detach().masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
-                chosen = chosen | (torch.zeros_like(chosen).scatter(1, best, unrouted[:, None]) & eligible)
+                chosen = chosen | best_expert(unrouted, margins, active, eligible)
 
             reached = eligible if config.straight_through == "all_live" else chosen
             gates = chosen.to(dtype) + torch.where(reached, margins - margins.detach(), 0.0)

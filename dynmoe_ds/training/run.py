@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -11,11 +12,13 @@ from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 EXIT_PREEMPTED = 85
 """Neither shells nor launchers use it, so that it can mean: start me again."""
 
 
-def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) -> None:
+def train(config: RunConfig, should_stop: Callable[[], bool] | None = None) -> None:
     """Train as `config` says and leave the run folder behind; what `dynmoe train` calls on every rank.
 
     Collective: every rank. Raises: KeyboardInterrupt, after what was written has been put in order; SystemExit with
@@ -28,7 +31,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
         # Rank 0 draws its report, and as soon as one rank has left the launcher stops the others.
         dist.barrier()
         if dist.get_rank() == 0:
-            print(f"{stopped} The same command with the same run_dir goes on from there.", file=sys.stderr)
+            logger.info("%s The same command with the same run_dir goes on from there.", stopped)
         raise SystemExit(EXIT_PREEMPTED) from stopped
     # Only after success: after a failure the other ranks may still be inside a collective.
     dist.destroy_process_group()

@@ -60,18 +60,15 @@ class RunCheckpoints:
         """Whether a checkpoint follows optimiser step `done`."""
         return self.config.every_steps is not None and done % self.config.every_steps == 0
 
-    def save(self) -> bool:
-        """Write a checkpoint now, or begin to; whether that went well, of one in the background so far.
-
-        Collective: every rank.
-        """
+    def save(self) -> None:
+        """Write a checkpoint now, or begin to. Collective: every rank."""
         self.settle()
         try:
             self._engine.save_checkpoint(self.folder, asynchronous=self.config.asynchronous)
         except (CheckpointError, DivergenceError) as error:
             _report(error)
-            return False
-        return self.config.asynchronous or self.settle()
+        if not self.config.asynchronous:
+            self.settle()
 
     def save_and_stop(self) -> NoReturn:
         """Write a checkpoint and end the training.
@@ -82,8 +79,8 @@ class RunCheckpoints:
         path = self._engine.save_checkpoint(self.folder)
         raise Preempted(self._engine.global_steps, path)
 
-    def settle(self) -> bool:
-        """Wait for the checkpoint that is being written, then remove those that are too many; whether it went well.
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, then remove those that are too many.
 
         Collective: every rank.
         """
@@ -91,13 +88,12 @@ class RunCheckpoints:
             self._engine.wait_for_checkpoint()
         except (CheckpointError, DivergenceError) as error:
             _report(error)
-            return False
+            return
         if dist.get_rank() == 0 and self.folder.is_dir():
             try:
                 remove_old(self.folder, self.config.keep)
             except OSError as error:
                 logger.warning("Old checkpoints in %s cannot be removed: %s.", self.folder, error.strerror)
-        return True
 
 
 def clear_results(run_dir: str | Path, *names: str) -> None:

@@ -47,7 +47,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, stream: TextIO | None = None, should_stop: Callable[[], bool] = lambda: False
+        self, config: RunConfig, stream: TextIO | None = None, should_stop: Callable[[], bool] | None = None
     ) -> None:
         self.config = config
         self._should_stop = should_stop
@@ -138,7 +138,9 @@ class Trainer:
         return self.config.run_dir
 
     def _is_any_rank_stopping(self) -> bool:
-        """Whether any rank was asked to stop. Collective: every rank, so that all stop after the same step."""
+        """Whether any rank was asked to stop. Collective if they can be: every rank, so that all stop at one step."""
+        if self._should_stop is None:
+            return False
         asked = torch.tensor(float(self._should_stop()), device=self.engine.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)

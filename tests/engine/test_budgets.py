@@ -72,8 +72,18 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor
     return windows[:, :CONTEXT], windows[:, CONTEXT]
 
 
-def _learning_rate(step: int) -> float:
-    return 4e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / STEPS)
+def train_and_watch(engine: Any, num_steps: int, rank: int, world_size: int) -> dict[str, Any]:
+    """Train; losses [steps] of this rank, mean k [steps, layers] over ranks, live expert ids before every step."""
+    losses, mean_k, live = [], [], []
+    for step in range(num_steps):
+        engine.set_lr(4e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / num_steps))
+        live.append([set(placement.live_ids) for placement in engine.placements().values()])
+        loss = engine(*batch(step, rank, world_size))
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+        mean_k.append([record.mean_k for record in engine.take_records().values()])
+    return {"losses": torch.tensor(losses), "mean_k": torch.tensor(mean_k), "live": live}
 
 
 def _train(rank: int, world_size: int, names: tuple[str, ...], bf16: bool) -> dict[str, Any]:
@@ -83,21 +93,8 @@ def _train(rank: int, world_size: int, names: tuple[str, ...], bf16: bool) -> di
 def _train_one(rank: int, world_size: int, name: str, bf16: bool) -> dict[str, Any]:
     router, adaptation = ROUTERS[name], PAPER if name.startswith("top_any of cosines") else SPLIT
     engine = dm.initialize(ByteModel(router, ep_size=world_size), deepspeed_config(1, bf16=bf16), adaptation)
-    losses, mean_k, live = [], [], []
-    for step in range(STEPS):
-        engine.set_lr(_learning_rate(step))
-        live.append([set(placement.live_ids) for placement in engine.placements().values()])
-        loss = engine(*batch(step, rank, world_size))
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-        mean_k.append([record.mean_k for record in engine.take_records().values()])
-    state = _controllers(engine.module)
-    return {
-        "losses": torch.tensor(losses),
-        "mean_k": torch.tensor(mean_k),
-        "live": live,
-        "state": state,
+    return train_and_watch(engine, STEPS, rank, world_size) | {
+        "state": _controllers(engine.module),
         "restored": _restored(engine.module, router, world_size),
         "evaluation": _evaluate(engine, rank, world_size),
         "state after evaluation": _controllers(engine.module),

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 import dynmoe_ds as dm
-from tests.helpers.models import TinyModel, batch, deepspeed_config
+from tests.helpers.models import SelectiveModel, batch, deepspeed_config
 from tests.helpers.spawn import run_ranks
 
 
-class _Selective(TinyModel):
-    """Tokens of this rank go through the first `num_layers` layers only, as with a modality's own experts."""
-
-    num_layers = 2
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        h = self.first(x)
-        for layer in self.moe[: self.num_layers]:
-            h = h + layer(h)
-        return (self.last(h) - y).square().mean()
-
-
 def _run(rank: int, world_size: int) -> dict[str, Any]:
-    model = _Selective(1, num_experts=3)
+    model = SelectiveModel(1, num_experts=3)
     model.num_layers = 0 if rank == 1 else 2  # rank 1 has no record of any layer
     engine = dm.initialize(model, deepspeed_config(0), dm.AdaptationConfig(1, 1))
     nothing = engine.take_records()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dynmoe_ds as dm
-from tests.engine.test_budgets import ByteModel, batch
+from tests.engine.test_budgets import ByteModel, train_and_watch
 from tests.helpers.models import deepspeed_config
 from tests.helpers.spawn import run_ranks
 
@@ -25,17 +25,9 @@ GROWTH = dm.AdaptationConfig(80, 25, rule="split_all", prune_below_share=0.7, fi
 def _train(rank: int, world_size: int, bf16: bool) -> dict[str, Any]:
     model = ByteModel(dm.ReluConfig.budgeted(TARGET), ep_size=world_size)
     engine = dm.initialize(model, deepspeed_config(1, bf16=bf16), GROWTH)
-    losses, mean_k, live = [], [], []
-    for step in range(STEPS):
-        engine.set_lr(4e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / STEPS))
-        live.append([set(placement.live_ids) for placement in engine.placements().values()])
-        loss = engine(*batch(step, rank, world_size))
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-        mean_k.append([record.mean_k for record in engine.take_records().values()])
+    watched = train_and_watch(engine, STEPS, rank, world_size)
     state = {name: buffer.clone() for name, buffer in engine.module.named_buffers() if ".budget." in name}
-    return {"losses": torch.tensor(losses), "mean_k": torch.tensor(mean_k), "live": live, "state": state}
+    return watched | {"state": state}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks, bfloat16"])

@@ -9,7 +9,7 @@ import torch
 
 import dynmoe_ds as dm
 from dynmoe_ds.adaptation import Plan, Split
-from tests.helpers.models import TinyModel, batch, deepspeed_config, gathered, shard, train
+from tests.helpers.models import SelectiveModel, TinyModel, batch, deepspeed_config, gathered, shard, train
 from tests.helpers.spawn import run_ranks
 
 CASES = [(stage, bf16) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
@@ -157,22 +157,10 @@ def test_the_rules_did_what_they_say(one_rank: dict[str, Any]) -> None:
             assert [len(change["grown"]) for change in (first, last)] == [1, 1]
 
 
-class _Selective(TinyModel):
-    """Tokens of this rank go through the first `num_layers` layers only."""
-
-    num_layers = 2
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        h = self.first(x)
-        for layer in self.moe[: self.num_layers]:
-            h = h + layer(h)
-        return (self.last(h) - y).square().mean()
-
-
 def _without_tokens(rank: int, world_size: int) -> dict[str, Any]:
     out = {}
     for rule in ("split_all", "split_strained"):
-        model = _Selective(1, num_experts=2)
+        model = SelectiveModel(1, num_experts=2)
         model.num_layers = 0 if rank == 1 else 1  # rank 1 sees no layer, and nobody the second
         engine = dm.initialize(model, deepspeed_config(0), dm.AdaptationConfig(1, 1, rule=rule))
         for step in range(2):

@@ -53,6 +53,18 @@ class TinyModel(nn.Module):
         return error.mean() if attention_mask is None else (error * attention_mask).sum() / attention_mask.sum()
 
 
+class SelectiveModel(TinyModel):
+    """Tokens of this rank go through the first `num_layers` layers only, as with a modality's own experts."""
+
+    num_layers = 2
+
+    def forward(self, x: Tensor, y: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        for layer in self.moe[: self.num_layers]:
+            h = h + layer(h)
+        return (self.last(h) - y).square().mean()
+
+
 def batch(step: int, num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The global batch of a step: x, y [num_tokens, D], the same whatever the number of ranks."""
     g = torch.Generator().manual_seed(1000 + step)
@@ -135,4 +147,4 @@ def train(
     return losses
 
 
-__all__ = ["FFN", "HIDDEN", "TinyModel", "batch", "deepspeed_config", "gathered", "shard", "train"]
+__all__ = ["FFN", "HIDDEN", "SelectiveModel", "TinyModel", "batch", "deepspeed_config", "gathered", "shard", "train"]

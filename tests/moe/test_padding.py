@@ -120,6 +120,13 @@ def test_several_forward_passes_are_fine_where_padding_is_known():
         evaluated.eval()(hidden(), attention_mask=MASK)
     evaluated.train()(hidden(), attention_mask=OTHER_MASK).sum().backward()
 
+    for recomputed in (same, one_by_one, evaluated):
+        assert recomputed.moe.experts.w1.grad.any()
+    stored = Decoder(recompute=False)
+    (stored(hidden(1), attention_mask=MASK).sum() + stored(hidden(2), attention_mask=MASK).sum()).backward()
+    torch.testing.assert_close(same.moe.experts.w1.grad, stored.moe.experts.w1.grad)
+    assert not torch.allclose(plain.moe.experts.w1.grad, stored.moe.experts.w1.grad), "the masks make no difference"
+
 
 def test_attention_mask_by_position_counts_too():
     model = Decoder()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, ViTConfig
 
 from dynmoe_ds.config.schema import (
     BertClassifierConfig,
@@ -15,7 +16,7 @@ from dynmoe_ds.config.schema import (
     RunConfig,
     ViTClassifierConfig,
 )
-from dynmoe_ds.data import Examples, load_glue_data, load_image_folder
+from dynmoe_ds.data import Examples, GlueData, ImageFolderData, load_glue_data, load_image_folder
 from dynmoe_ds.models import Head, bert_backbone, build_classifier, vit_backbone
 from dynmoe_ds.training.engine import TrainingEngine
 from dynmoe_ds.training.evaluation import held_out_order
@@ -38,13 +39,37 @@ def scores(predictions: Predictions, metrics: Sequence[str], is_regression: bool
     return {"loss": float(loss), **{name: METRIC_FUNCTIONS[name](answers, labels) for name in metrics}}
 
 
-class GlueFineTuning:
+class _Classification:
+    """What both kinds share. backbone: the encoder that `build_model` puts experts into."""
+
+    config: RunConfig
+    data: GlueData | ImageFolderData
+    backbone: BertConfig | ViTConfig
+
+    @property
+    def train(self) -> Examples:
+        return self.data.train
+
+    @property
+    def token_kinds(self) -> tuple[str, ...]:
+        return ()
+
+    def build_model(self) -> nn.Module:
+        return build_classifier(self.config, self.backbone)
+
+    def sample(self, engine: TrainingEngine) -> str | None:
+        return None
+
+
+class GlueFineTuning(_Classification):
     """One task of GLUE. It reports `eval/loss`, GLUE's own metrics, and their mean as `eval/score`.
 
     MNLI's mismatched half has metrics of its own, `eval/accuracy_mismatched`, and is not in the score.
     Collective: construction, which loads the data. Raises: DataError or ConfigError, on every rank, for data that
     cannot be used, or that the pretrained model cannot take.
     """
+
+    data: GlueData
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.data, GlueDataConfig), type(config.data).__name__
@@ -60,10 +85,6 @@ class GlueFineTuning:
         self._tokens_per_example = self.data.train.mean_length()
 
     @property
-    def train(self) -> Examples:
-        return self.data.train
-
-    @property
     def num_held_out(self) -> int:
         """Of the larger file, where there are two."""
         return max(len(examples) for examples in self.data.held_out.values())
@@ -72,13 +93,6 @@ class GlueFineTuning:
     def tokens_per_example(self) -> int:
         """The mean, without padding."""
         return self._tokens_per_example
-
-    @property
-    def token_kinds(self) -> tuple[str, ...]:
-        return ()
-
-    def build_model(self) -> nn.Module:
-        return build_classifier(self.config, self.backbone)
 
     def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
         task = self.data.task
@@ -93,16 +107,16 @@ class GlueFineTuning:
     def write_files(self, folder: Path) -> None:
         self.data.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
 
-    def sample(self, engine: TrainingEngine) -> str | None:
-        return None
 
-
-class ImageClassification:
+class ImageClassification(_Classification):
     """Images with classes. It reports `eval/loss` and `eval/accuracy`, the share of right first answers.
 
     Collective: construction, which lists the images. Raises: DataError or ConfigError, on every rank, for folders that
     cannot be used, or images that the pretrained model cannot take.
     """
+
+    data: ImageFolderData
+    backbone: ViTConfig
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.data, ImageFolderConfig), type(config.data).__name__
@@ -110,10 +124,6 @@ class ImageClassification:
         self.config = config
         self.data = load_image_folder(config.data, config.seed)
         self.backbone = vit_backbone(config.model, Head(labels=self.data.classes), image_size=config.data.image_size)
-
-    @property
-    def train(self) -> Examples:
-        return self.data.train
 
     @property
     def num_held_out(self) -> int:
@@ -124,13 +134,6 @@ class ImageClassification:
         """The patches and the classifier's token."""
         return (self.backbone.image_size // self.backbone.patch_size) ** 2 + 1
 
-    @property
-    def token_kinds(self) -> tuple[str, ...]:
-        return ()
-
-    def build_model(self) -> nn.Module:
-        return build_classifier(self.config, self.backbone)
-
     def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
         order = held_out_order(self.config.training, self.num_held_out)
         found: Mapping[str, float] = scores(predict(engine, self.data.held_out, order), ("accuracy",), False)
@@ -139,6 +142,3 @@ class ImageClassification:
     def write_files(self, folder: Path) -> None:
         """The names of the classes, one a line, in the order of the model's outputs."""
         (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in self.data.classes), encoding="utf-8")
-
-    def sample(self, engine: TrainingEngine) -> str | None:
-        return None
