@@ -11,6 +11,7 @@ from dynmoe_ds.errors import ConfigError
 Seeding = Literal["copy_nearest", "copy_most_loaded", "mean", "fresh"]
 SEEDINGS: tuple[str, ...] = ("copy_nearest", "copy_most_loaded", "mean", "fresh")
 NEW_THRESHOLDS: tuple[str, ...] = ("zero", "mean_of_live")
+POOLS: tuple[str, ...] = ("fixed", "elastic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class AdaptationConfig:
     last_growth_step: no expert is added after this step; None sets no end. first_step: the step that the first
     adaptation follows; None is `every_steps`. With steps of an epoch, 1/3 of them as window and 2/3 as first step make
     the paper's "record from 1/3 to 2/3 of each epoch, then adapt".
+
+    pool: `fixed` keeps every layer's number of slots. `elastic` resizes a layer's pool at an adaptation, as
+    `engine.resize_slots` does: it grows when an expert is wanted and no slot is free, to at most `max_slots`, and
+    shrinks when half of its slots would do; one slot in four is free afterwards.
 
     Of a split: split_separation: how far the gate rows of the two halves part, the E of `w ± E |w| u`.
     split_reset_share: share of the child's hidden units that start anew instead of as the parent's, which helped in the
@@ -50,6 +55,8 @@ class AdaptationConfig:
     split_separation: float = 1.0
     split_reset_share: float = 0.0
     split_above_load: float = 1.5
+    pool: Literal["fixed", "elastic"] = "fixed"
+    max_slots: int | None = None
 
     def __post_init__(self) -> None:
         faults = self.faults()
@@ -89,4 +96,10 @@ class AdaptationConfig:
             found.append(f"adaptation.split_reset_share is {self.split_reset_share} but must be between 0 and 1.")
         if not self.split_above_load > 0:
             found.append(f"adaptation.split_above_load is {self.split_above_load} but must be above 0.")
+        if self.pool not in POOLS:
+            found.append(f"adaptation.pool is {self.pool!r}. Use one of {', '.join(POOLS)}.")
+        if self.max_slots is not None and self.pool != "elastic":
+            found.append(f"adaptation.max_slots is {self.max_slots}, but adaptation.pool is {self.pool}: use elastic.")
+        if self.max_slots is not None and self.max_slots < 1:
+            found.append(f"adaptation.max_slots is {self.max_slots} but must be at least 1.")
         return found

@@ -48,8 +48,13 @@ def describe(
     before: Mapping[str, Placement],
     after: Mapping[str, Placement],
     full: frozenset[str],
+    num_slots: Mapping[str, tuple[int, int]],
 ) -> AdaptationEvent:
-    """The event of a plan that has been carried out; `full` names the layers that had no free slot for an expert."""
+    """The event of a plan that has been carried out on the placements `before`.
+
+    full: the layers that had no free slot for an expert. num_slots: the sizes of each layer's pool before and after the
+    adaptation, which may have resized it before and after the plan.
+    """
     layers, warnings = {}, []
     for name, record in records.items():
         items = plan.of_layer(name)
@@ -63,7 +68,8 @@ def describe(
             ],
             "live_before": len(before[name].live_ids),
             "live_after": len(after[name].live_ids),
-            "num_slots": after[name].num_slots,
+            "num_slots_before": num_slots[name][0],
+            "num_slots": num_slots[name][1],
             "tokens_per_expert": {str(id_): n for id_, n in tokens_per_expert(record, before[name]).items()},
             "num_tokens": int(record.num_tokens),
             "num_unrouted": int(record.num_unrouted),

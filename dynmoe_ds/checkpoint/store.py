@@ -62,6 +62,37 @@ class Checkpoint:
         """Optimiser steps that had been taken."""
         return int(self.manifest["step"])
 
+    def read_tensors(self, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+        """Fill tensors on the host by name. Collective: every rank of `group`, each with what it wants, if anything.
+
+        Raises: CheckpointError on every rank, naming the tensor, for one that is missing or of another shape.
+        """
+        error = None
+        for name, tensor in wanted.items():
+            if name not in self.sizes:
+                error = CheckpointError(f"{self.path} has no {name}: it is of another model or optimiser.")
+            elif self.sizes[name] != tensor.shape:
+                error = CheckpointError(
+                    f"{self.path} is of another model: {name} has shape {list(self.sizes[name])} there, but "
+                    f"{list(tensor.shape)} here."
+                )
+            if error is not None:
+                break
+        raise_together(error, group)
+        try:
+            reader = dcp.FileSystemReader(self.path / TENSOR_FOLDER)
+            dcp.load(dict(wanted), storage_reader=reader, process_group=group)
+        except Exception as e:  # raised on every rank
+            raise CheckpointError(f"The tensors of {self.path} cannot be read: {_reason(e)}") from e
+
+    def read_shared(self) -> dict[str, Any]:
+        """What was equal on all ranks."""
+        return _load(self.path / SHARED_FILE)
+
+    def read_own(self, rank: int) -> dict[str, Any]:
+        """What the rank of that number had written."""
+        return _load(self.path / _own_file(rank))
+
 
 def checkpoint_name(step: int) -> str:
     """The folder's name of the checkpoint after `step` optimiser steps."""
@@ -133,40 +164,6 @@ def open_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoin
         raise CheckpointError(f"{path / TENSOR_FOLDER} cannot be read: {error}. Use another checkpoint.") from error
     sizes = {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     return Checkpoint(path=path, manifest=manifest, sizes=sizes)
-
-
-def read_tensors(checkpoint: Checkpoint, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fill tensors on the host by name. Collective: every rank of `group`, each with what it wants, or with nothing.
-
-    Raises: CheckpointError on every rank, naming the tensor, for one that is missing or of another shape.
-    """
-    error = None
-    for name, tensor in wanted.items():
-        if name not in checkpoint.sizes:
-            error = CheckpointError(f"{checkpoint.path} has no {name}: it is of another model or optimiser.")
-        elif checkpoint.sizes[name] != tensor.shape:
-            error = CheckpointError(
-                f"{checkpoint.path} is of another model: {name} has shape {list(checkpoint.sizes[name])} there, but "
-                f"{list(tensor.shape)} here."
-            )
-        if error is not None:
-            break
-    raise_together(error, group)
-    try:
-        reader = dcp.FileSystemReader(checkpoint.path / TENSOR_FOLDER)
-        dcp.load(dict(wanted), storage_reader=reader, process_group=group)
-    except Exception as e:  # raised on every rank
-        raise CheckpointError(f"The tensors of {checkpoint.path} cannot be read: {_reason(e)}") from e
-
-
-def read_shared(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was equal on all ranks."""
-    return _load(checkpoint.path / SHARED_FILE)
-
-
-def read_own(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """What the rank of that number had written."""
-    return _load(checkpoint.path / _own_file(rank))
 
 
 def remove_old(folder: Path, keep: int) -> None:

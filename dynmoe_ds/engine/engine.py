@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,22 +23,38 @@ from dynmoe_ds.adaptation import (
     add_records,
     describe,
     operate,
+    sizes_to_grow,
+    sizes_to_shrink,
 )
+from dynmoe_ds.checkpoint.in_memory import SnapshotInMemory
 from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
 from dynmoe_ds.checkpoint.writer import CheckpointWriter
 from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
+from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.masters import EngineMasters
 from dynmoe_ds.engine.snapshot import restore, take_snapshot
-from dynmoe_ds.errors import CheckpointError, RoutingError
-from dynmoe_ds.moe import MoELayer, PaddingMask, Placement, StepLedger, TokenSampler, labelled
+from dynmoe_ds.engine.untaken_records import UntakenRecords
+from dynmoe_ds.errors import CheckpointError, PlacementError, RoutingError
+from dynmoe_ds.moe import (
+    MoELayer,
+    PaddingMask,
+    Placement,
+    StepLedger,
+    TokenSampler,
+    labelled,
+    per_slot_statistics,
+    renumbered,
+)
 from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords, update_routers
 from dynmoe_ds.routing.records import pack, unpack
 from dynmoe_ds.routing.token_kinds import kind_shapes
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TOKENS_PER_SAMPLE = 4096
 """Tokens per layer, over all ranks, by which experts are split: about a hundred of each of some tens of experts."""
@@ -55,14 +72,16 @@ class Engine:
 
     def __init__(
         self,
-        deepspeed_engine: Any,
+        construction: Construction,
         layers: Mapping[str, MoELayer],
         adaptation: AdaptationConfig | None,
         padding: PaddingMask,
         gradient_clipping: float,
         token_kinds: tuple[str, ...] = (),
     ) -> None:
-        self._deepspeed = deepspeed_engine
+        self._construction = construction
+        self._deepspeed = construction.build()
+        self.masters = EngineMasters(self._deepspeed)
         self._layers = dict(layers)
         self._adaptation = adaptation
         self._controller = AdaptationController(adaptation) if adaptation else None
@@ -73,7 +92,7 @@ class Engine:
         self._sampler = TokenSampler(-(-TOKENS_PER_SAMPLE // dist.get_world_size()))
         self._ledger = StepLedger()
         self._step_records: dict[str, RoutingRecords] = {}
-        self._untaken_records: dict[str, RoutingRecords] = {}
+        self._untaken = UntakenRecords(self._layers)
         self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
         self.layers_known_full: set[str] = set()
@@ -81,8 +100,8 @@ class Engine:
         self._last_placements: dict[str, Placement] = {}
         self.lives = ExpertLives(self.placements())
         self._writer: CheckpointWriter | None = None
+        self._host_group: dist.ProcessGroup | None = None
         self.last_aux_loss: Tensor = torch.zeros(())
-        self.masters = EngineMasters(deepspeed_engine)
 
     def __call__(self, *args: Any, token_kinds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's forward pass. In training mode its layers' losses and records are kept for `backward`, `step`.
@@ -136,7 +155,7 @@ class Engine:
             self._gradient_norm = None if norm is None else float(norm)
         records, self._step_records = self._step_records, {}
         self._last_records, self._last_placements = records, self.placements()
-        self._untaken_records = add_records(self._untaken_records, records)
+        self._untaken.add(records)
         self._update_routers(records)
         if self._window is not None:
             self._window.add(self.global_steps, records)
@@ -149,9 +168,58 @@ class Engine:
         Collective: every rank, with the same plan. Raises: DivergenceError if the plans differ, PlacementError if the
         plan contradicts the placements; nothing has been changed then.
         """
+        self._close_records()
         plan = operate(plan, self._layers, self.masters, self._adaptation)
         self.lives.note(self.global_steps, self.placements())
         return plan
+
+    def resize_slots(self, num_slots: int | Mapping[str, int]) -> None:
+        """Give every layer, or the layers named, a pool of another size: memory follows it.
+
+        Weights, masters, moments, counters, records and placements are carried over as by a checkpoint, in memory, to a
+        DeepSpeed engine that is made anew: losses go on as if nothing had happened. Experts keep their order and are
+        spread evenly over the slots. It takes about as long as building the engine, and on the host one copy of
+        weights, masters and moments, shared out among the ranks. `engine.module` stays; parameters, optimiser and
+        scheduler are other objects afterwards.
+
+        Only between `step()` and the next forward pass. Collective: every rank, with the same sizes. Raises:
+        PlacementError for a size that cannot hold the live experts or be shared by the ranks, SurgeryError for an
+        optimiser that cannot be made anew, DivergenceError if the sizes differ; on every rank, before anything is
+        changed.
+        """
+        self._check_between_steps("The pools were to be resized")
+        wanted = dict.fromkeys(self._layers, num_slots) if isinstance(num_slots, int) else dict(num_slots)
+        assert_same_on_all_ranks("the sizes of the pools", wanted)
+        for name, count in wanted.items():
+            if name not in self._layers:
+                raise PlacementError(f"There is no layer called {name!r}. Layers: {', '.join(self._layers)}.")
+            try:
+                self._layers[name].placement.resized(count)
+            except PlacementError as error:
+                raise PlacementError(f"{name}: {error}") from None
+        if all(count == self._layers[name].num_slots for name, count in wanted.items()):
+            return
+        self._construction.check_removable()
+        self._close_records()
+        group, before, closed = self._group_on_host(), self.placements(), self._untaken.closed
+        state = SnapshotInMemory(take_snapshot(self, None), group)
+        restore(self, state, group, self._num_slots() | wanted)
+        self._untaken.own, self._untaken.closed = {}, closed
+        after = self.placements()
+        self._last_records = {
+            name: renumbered(record, before[name], after[name], per_slot_statistics(self._layers[name]))
+            for name, record in self._last_records.items()
+        }
+        # Without those that were born after the step, as before.
+        self._last_placements = {name: after[name].only(old.live_ids) for name, old in self._last_placements.items()}
+
+    def expert_memory(self) -> dict[str, int]:
+        """Bytes of this rank's experts, free slots included: `weights`, `gradients`, `masters` and `moments`.
+
+        gradients: what is held of them now; most after `backward`, at ZeRO-3 always. masters: 0 where the weights are
+        their own, in float32 at ZeRO-0.
+        """
+        return self.masters.memory_of(p for layer in self._layers.values() for p in layer.experts.parameters())
 
     def window_records(self) -> dict[str, RoutingRecords]:
         """This rank's sums of the window so far, by layer; what a checkpoint keeps of it."""
@@ -159,22 +227,33 @@ class Engine:
 
     def untaken_records(self) -> dict[str, RoutingRecords]:
         """What `take_records(reduce=False)` would give, which stays where it is."""
-        return dict(self._untaken_records)
+        # What is a sum over ranks already is the first rank's.
+        return self._untaken.with_closed(self._untaken.own) if dist.get_rank() == 0 else dict(self._untaken.own)
 
     def restore_records(self, *, window: dict[str, RoutingRecords], untaken: dict[str, RoutingRecords]) -> None:
         """Set what `window_records` and `untaken_records` gave when a checkpoint was written."""
         if self._window is not None:
             self._window.set(window)
-        self._untaken_records = dict(untaken)
-        self._untaken_events.clear()
+        self._untaken.own, self._untaken.closed = dict(untaken), None
 
     def take_records(self, reduce: bool = True) -> dict[str, RoutingRecords]:
-        """Records by layer of the optimiser steps since the last call.
+        """Records by layer of the optimiser steps since the last call, by the slots of the placements as they are.
 
-        Collective if `reduce`: every rank, and the records are summed over them; else they are this rank's own.
+        Tokens of experts that are gone are in the totals only. Collective if `reduce`: every rank, and the records are
+        summed over them; else their sum over ranks is what counts.
         """
-        records, self._untaken_records = self._untaken_records, {}
-        return self._reduce(records) if reduce else records
+        records = self._untaken.with_closed(self._reduce(self._untaken.own)) if reduce else self.untaken_records()
+        self._untaken.own, self._untaken.closed = {}, None
+        return records
+
+    def take_records_by_placement(self) -> list[tuple[dict[str, Placement], dict[str, RoutingRecords]]]:
+        """As `take_records`, but with the records from before the last change of the pools apart, under theirs.
+
+        Collective: every rank; the records are summed over them.
+        """
+        closed, self._untaken.closed = self._untaken.closed, None
+        now = (self.placements(), self.take_records())
+        return [now] if closed is None else [closed, now]
 
     def evaluation_ledger(self) -> StepLedger:
         """A ledger that records evaluation too: `with engine.evaluation_ledger() as ledger:` around the passes.
@@ -242,6 +321,19 @@ class Engine:
         """Evaluation mode: nothing is recorded, and every token gets at least one expert."""
         return self.train(False)
 
+    def rebuild(self, placements: Mapping[str, Placement]) -> None:
+        """Another DeepSpeed engine, at its start with weights of zero, for these placements; for `restore` alone.
+
+        Collective: every rank.
+        """
+        is_training = self.module.training
+        self._construction.take_down(self._deepspeed, placements)
+        del self._deepspeed, self.masters  # their memory, before that of the next is needed
+        gc.collect()
+        self._deepspeed = self._construction.build()
+        self._deepspeed.train(is_training)
+        self.masters = EngineMasters(self._deepspeed)
+
     def set_counters(self, counters: Mapping[str, int]) -> None:
         """Set DeepSpeed's counters of steps and samples, by name."""
         for name, value in counters.items():
@@ -279,7 +371,7 @@ class Engine:
         Only between `step()` and the next forward pass. Collective: every rank. Raises: CheckpointError on every rank
         if it cannot be written; training can go on.
         """
-        self._check_between_steps()
+        self._check_between_steps("A checkpoint was asked for")
         writer = self._checkpoint_writer()
         writer.wait()
         snapshot = take_snapshot(self, client_state)
@@ -305,7 +397,7 @@ class Engine:
         naming the file or the parameter, for what is missing, damaged, of another model or of a newer format, and for
         pools that are too small.
         """
-        self._check_between_steps()
+        self._check_between_steps("A checkpoint was asked for")
         writer = self._checkpoint_writer()
         writer.wait()
         checkpoint, error = None, None
@@ -319,7 +411,22 @@ class Engine:
         assert_same_on_all_ranks(
             "the checkpoint to load", {"path": checkpoint.path.name, "step": checkpoint.step}, writer.group
         )
-        return checkpoint.path, restore(self, checkpoint, writer.group)
+        num_slots = self._num_slots()
+        if self._adaptation is not None and self._adaptation.pool == "elastic":
+            num_slots |= _pool_sizes(checkpoint.manifest["layers"], self._layers)
+        client_state = restore(self, checkpoint, writer.group, num_slots)
+        self._untaken_events.clear()
+        return checkpoint.path, client_state
+
+    def _close_records(self) -> None:
+        """Sum what was recorded so far, before the pools change. Collective: every rank."""
+        self._untaken.close(self._reduce(self._untaken.own))
+
+    def _group_on_host(self) -> dist.ProcessGroup | None:
+        """All ranks, on host memory. Collective at the first call: every rank."""
+        if self._host_group is None:
+            self._host_group = dist.new_group(backend="gloo")
+        return self._host_group
 
     def __getattr__(self, name: str) -> Any:
         if name in _NATIVE_CHECKPOINT_METHODS:
@@ -337,12 +444,12 @@ class Engine:
             self._writer = CheckpointWriter()
         return self._writer
 
-    def _check_between_steps(self) -> None:
+    def _check_between_steps(self, what: str) -> None:
         """Raises: CheckpointError in the middle of an optimiser step; every rank is at the same place."""
         if self._ledger.records() or self._step_records:
             raise CheckpointError(
-                "A checkpoint was asked for in the middle of an optimiser step. Ask after the engine.step() that "
-                "updates the weights, at the end of gradient accumulation, and before the next forward pass."
+                f"{what} in the middle of an optimiser step. Ask after the engine.step() that updates the weights, at "
+                "the end of gradient accumulation, and before the next forward pass."
             )
 
     def _new_ledger(self) -> StepLedger:
@@ -374,22 +481,20 @@ class Engine:
         """Decide on the window's records of all ranks, compare, operate, note. Collective: every rank."""
         assert self._window is not None and self._controller is not None and self._adaptation is not None
         config, step = self._adaptation, self.global_steps
-        before = self.placements()
+        sizes_before, is_elastic = self._num_slots(), config.pool == "elastic"
         records = self._reduce(self._window.take())
-        decided, error = None, None
-        try:
-            min_experts = {name: layer.router.config.min_experts for name, layer in self._layers.items()}
-            decided = self._controller.decide(records, before, step=step, min_experts=min_experts)
-        except Exception as e:
-            # A rule of the user's own may fail on one rank only; the others must not wait for it.
-            error = e
-        raise_together(error)
-        assert decided is not None
-        plan, full = decided
+        self._close_records()
+        if is_elastic:
+            records = self._grow_pools(records)
+        before = self.placements()
+        plan, full = self._together(lambda: self._decide(records))
         sampler = self._sampler if self._controller.rule.needs_sample else None
         plan = operate(plan, self._layers, self.masters, config, sampler)
         self._sampler.clear()
         self.lives.note(step, self.placements())
+        after = self.placements()
+        if is_elastic:
+            self.resize_slots(sizes_to_shrink(after))
         event = describe(
             plan,
             step=step,
@@ -397,17 +502,62 @@ class Engine:
             rule=config.rule,
             records=records,
             before=before,
-            after=self.placements(),
+            after=after,
             full=full,
+            num_slots={name: (sizes_before[name], size) for name, size in self._num_slots().items()},
         )
         self._untaken_events.append(event)
         if full - self.layers_known_full and dist.get_rank() == 0:
             _log.warning(
-                "Step %d: %s wanted a new expert but has no free slot. Build it with more num_slots, or prune more.",
+                "Step %d: %s wanted a new expert but has no free slot. %s, or prune more.",
                 step,
                 ", ".join(sorted(full - self.layers_known_full)),
+                "Raise adaptation.max_slots" if is_elastic else "Use more num_slots or adaptation.pool=elastic",
             )
         self.layers_known_full |= full
+
+    def _decide(self, records: dict[str, RoutingRecords]) -> tuple[Plan, frozenset[str]]:
+        assert self._controller is not None
+        return self._controller.decide(records, self.placements(), **self._circumstances())
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What a decision depends on besides records and placements."""
+        min_experts = {name: layer.router.config.min_experts for name, layer in self._layers.items()}
+        return {"step": self.global_steps, "min_experts": min_experts}
+
+    def _grow_pools(self, records: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:
+        """Make room for the experts that will be wanted; the records by the slots there are then.
+
+        Collective: every rank.
+        """
+        assert self._controller is not None
+        controller, before = self._controller, self.placements()
+        per_slot = {name: per_slot_statistics(layer) for name, layer in self._layers.items()}
+        sizes = self._together(lambda: sizes_to_grow(controller, records, before, per_slot, **self._circumstances()))
+        self.resize_slots(sizes)
+        for name in sizes:
+            self._sampler.renumber(self._layers[name], before[name])
+        return {
+            name: renumbered(record, before[name], self._layers[name].placement, per_slot[name])
+            for name, record in records.items()
+        }
+
+    @staticmethod
+    def _together(decide: Callable[[], T]) -> T:
+        """What a decision comes to. A rule of the user's own may fail on one rank only: all raise then.
+
+        Collective: every rank.
+        """
+        decided, error = None, None
+        try:
+            decided = decide()
+        except Exception as e:
+            error = e
+        raise_together(error)
+        return decided  # type: ignore[return-value]
+
+    def _num_slots(self) -> dict[str, int]:
+        return {name: layer.num_slots for name, layer in self._layers.items()}
 
     def _reduce(
         self, records: dict[str, RoutingRecords], layers: Mapping[str, MoELayer] | None = None
@@ -443,3 +593,12 @@ class Engine:
         if self._controller is not None and self._controller.rule.needs_strain:
             statistics[STRAIN] = (layer.num_slots,)
         return RoutingRecords.zeros(layer.num_slots, layer.hidden_size, statistics, layer.active.device)
+
+
+def _pool_sizes(described: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, int]:
+    """The sizes of a checkpoint's pools, or a little more where the ranks of here could not share them."""
+    return {
+        name: -(-len(described[name]["expert_ids"]) // layer.ep_size) * layer.ep_size
+        for name, layer in layers.items()
+        if name in described
+    }

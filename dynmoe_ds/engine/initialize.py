@@ -9,8 +9,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
@@ -18,6 +16,7 @@ from torch import nn
 from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
 from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise_together
 from dynmoe_ds.engine import seam
+from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.engine import Engine
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer, PaddingMask
@@ -75,20 +74,9 @@ def initialize(
     for name, layer in layers.items():
         layer.name = name
     _share_seeds(layers)
-    seam.attach(layers.values(), stage)
+    construction = Construction(model, layers, settings, groups, optimizer, lr_scheduler)
     padding = _watch_padding(model, layers)
-
-    if layers and stage < 3:
-        groups = seam.split_expert_groups(groups)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            optimizer.param_groups[:] = seam.split_expert_groups(optimizer.param_groups)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings
-    )
-    if stage == 3:
-        seam.check_partitioning(layers.values())
-    _undo_construction_step(engine)
-    return Engine(engine, layers, adaptation, padding, clipping, tuple(token_kinds))
+    return Engine(construction, layers, adaptation, padding, clipping, tuple(token_kinds))
 
 
 def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -246,25 +234,3 @@ def _param_groups(model: nn.Module, model_parameters: ParamGroups | None) -> lis
     if not trained:
         raise ConfigError("No parameter requires a gradient, so there is nothing to train.")
     return trained
-
-
-def _undo_construction_step(engine: Any) -> None:
-    """Undo the step on zero gradients that DeepSpeed takes in bfloat16 at ZeRO-0 while it is being built.
-
-    It decays the masters before training and leaves Adam's step count at 1.
-    """
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() > 0 or not hasattr(optimizer, "fp16_groups"):
-        return
-    optimizer.optimizer.state.clear()
-    for group in optimizer.optimizer.param_groups:
-        group.pop("step", None)  # where fused Adam counts
-    if hasattr(optimizer, "fp32_groups"):
-        masters = [[master.data for master in group] for group in optimizer.fp32_groups]
-    else:
-        sizes = [[param.numel() for param in group] for group in optimizer.fp16_groups]
-        flats = zip(optimizer.fp32_groups_flat, sizes, strict=True)
-        masters = [list(flat.data[: sum(parts)].split(parts)) for flat, parts in flats]
-    for model_group, master_group in zip(optimizer.fp16_groups, masters, strict=True):
-        for param, master in zip(model_group, master_group, strict=True):
-            master.view(-1).copy_(param.data.view(-1))

@@ -6,6 +6,7 @@ before the first step, and leave the model's own copy stale until the next step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -146,6 +147,41 @@ class EngineMasters:
             param.ds_tensor.data[: stop - start] = value.reshape(-1)[start:stop]  # type: ignore[attr-defined]
         if param.data.numel() == param.ds_numel:  # type: ignore[attr-defined]
             param.data.copy_(value)
+
+    def memory_of(self, params: Iterable[nn.Parameter]) -> dict[str, int]:
+        """Bytes on this rank of `weights`, `gradients`, `masters` and `moments` of whole groups of parameters.
+
+        gradients: those that are there now. masters: none for a weight that is its own master.
+        """
+        found = dict.fromkeys(("weights", "gradients", "masters", "moments"), 0)
+        partitions: dict[int, Any] = {}
+        for param in params:
+            weight = param.ds_tensor if _is_zero3(param) else param.data  # type: ignore[attr-defined]
+            found["weights"] += weight.numel() * weight.element_size()
+            if param.grad is not None:
+                found["gradients"] += param.grad.numel() * param.grad.element_size()
+            fragment = self._fragment(param) if self.covers(param) else None
+            if fragment is not None:
+                is_own = fragment.master.data_ptr() == weight.data_ptr()
+                found["masters"] += 0 if is_own else fragment.master.numel() * fragment.master.element_size()
+                found["moments"] += sum(value.numel() * value.element_size() for value in fragment.state.values())
+            partitions |= self._gradient_partitions(param)
+        tensors = [tensor for partition in partitions.values() for tensor in partition]
+        found["gradients"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return found
+
+    def _gradient_partitions(self, param: Any) -> dict[int, list[Tensor]]:
+        """Where ZeRO keeps this rank's part of the gradient, by a number that parameters of one partition share."""
+        if _is_zero3(param):
+            held = self._optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.get(param.ds_id)
+            return {} if held is None else {param.ds_id: [held]}
+        mapping = getattr(param, "_hp_mapping", None)
+        if mapping is None:
+            return {}
+        held = self._optimizer.averaged_gradients.get(mapping.param_group_index)
+        if held is None:
+            return {}
+        return {mapping.param_group_index: [held] if torch.is_tensor(held) else list(held)}
 
     def _write_model_copy(
         self, param: nn.Parameter, low: int, high: int, value: Tensor, fragment: _Fragment | None

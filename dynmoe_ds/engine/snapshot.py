@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,17 +16,36 @@ from torch import Tensor, nn
 
 from dynmoe_ds.adaptation.surgery import WEIGHT, full_shape
 from dynmoe_ds.checkpoint.entries import Entry, entries
-from dynmoe_ds.checkpoint.store import Checkpoint, Snapshot, read_own, read_shared, read_tensors
+from dynmoe_ds.checkpoint.store import Snapshot
 from dynmoe_ds.engine.gathering import whole
 from dynmoe_ds.engine.masters import EngineMasters
 from dynmoe_ds.engine.seam import sharing_group
 from dynmoe_ds.errors import CheckpointError
-from dynmoe_ds.moe import MoELayer, Placement
-from dynmoe_ds.moe.ledger import STRAIN
+from dynmoe_ds.moe import MoELayer, Placement, per_slot_statistics
 from dynmoe_ds.routing import RoutingRecords
 
 if TYPE_CHECKING:
     from dynmoe_ds.engine.engine import Engine
+
+
+class Restorable(Protocol):
+    """A checkpoint, on the disk or in memory. path: what errors call it."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+    def read_tensors(self, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+        """Fill tensors by name. Collective: every rank of `group`."""
+
+    def read_shared(self) -> dict[str, Any]:
+        """What is equal on all ranks."""
+
+    def read_own(self, rank: int) -> dict[str, Any]:
+        """What is the rank's own."""
+
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _BYTES_AT_ONCE = 2**30
@@ -68,49 +88,57 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
     )
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, group: dist.ProcessGroup | None) -> Any:
+def restore(
+    engine: Engine, checkpoint: Restorable, group: dist.ProcessGroup | None, num_slots: Mapping[str, int]
+) -> Any:
     """Bring `engine` to the state of a checkpoint of the same model; what `client_state` had been.
 
-    Each rank gets back its own client state if there are as many ranks as there were, else rank 0's.
+    num_slots: the size of each layer's pool from now on; where it is another one, the engine is rebuilt. Each rank gets
+    back its own client state if there are as many ranks as there were, else rank 0's.
     Collective: every rank. Raises: CheckpointError on every rank; weights may be half read after one about a file.
     """
     layers = engine.layers
-    shared = read_shared(checkpoint)
+    shared = checkpoint.read_shared()
     described: Mapping[str, Any] = checkpoint.manifest["layers"]
     if described.keys() != layers.keys():
         raise CheckpointError(
             f"{checkpoint.path} is of another model: its MoE layers are {', '.join(described) or 'none'}, but here "
             f"they are {', '.join(layers) or 'none'}."
         )
-    placements = {name: _fitted(name, described[name], layer, checkpoint) for name, layer in layers.items()}
+    placements = {
+        name: _fitted(name, described[name], num_slots[name], layer.ep_size, checkpoint)
+        for name, layer in layers.items()
+    }
     state_names = tuple(checkpoint.manifest["state_names"])
     _check_optimizer(engine.masters, checkpoint)
+    if any(layer.num_slots != num_slots[name] for name, layer in layers.items()):
+        engine.rebuild(placements)
     engine.masters.make_states(state_names)
     for name, layer in layers.items():
         layer.placement, layer.seed = placements[name], int(described[name]["seed"])
         engine.lives.restore(name, described[name]["experts"])
     for part in _in_parts(engine.module, engine.masters, state_names):
         wanted = {name: tensor for loading in part for name, tensor in loading.wanted.items()}
-        read_tensors(checkpoint, wanted, group)
+        checkpoint.read_tensors(wanted, group)
         for loading in part:
             loading.store(engine.masters)
     _restore_steps(engine, shared)
     num_ranks, rank = int(checkpoint.manifest["layout"]["world_size"]), dist.get_rank()
     is_same_size = num_ranks == dist.get_world_size()
-    own = read_own(checkpoint, rank if is_same_size else 0)
+    own = checkpoint.read_own(rank if is_same_size else 0)
     if is_same_size:
         _restore_rng(own["rng"])
         window, untaken = own["window"], own["untaken"]
     else:
         # Sums over ranks are all that is ever asked of records: the first rank takes those of all.
-        everyone = [read_own(checkpoint, at) for at in range(num_ranks)] if rank == 0 else []
+        everyone = [checkpoint.read_own(at) for at in range(num_ranks)] if rank == 0 else []
         window, untaken = (_summed([of[part] for of in everyone]) for part in ("window", "untaken"))
     engine.restore_records(window=_records(window, layers), untaken=_records(untaken, layers))
     engine.layers_known_full = set(shared["layers_known_full"])
     return own["client_state"]
 
 
-def _check_optimizer(masters: EngineMasters, checkpoint: Checkpoint) -> None:
+def _check_optimizer(masters: EngineMasters, checkpoint: Restorable) -> None:
     """Implementations of Adam keep the same state under the same names; other optimisers must be equal."""
     written, here = (f"{name}" for name in (checkpoint.manifest["optimizer"], masters.optimizer_name()))
     if written != here and not ("adam" in written.lower() and "adam" in here.lower()):
@@ -255,20 +283,18 @@ def _experts(engine: Engine) -> dict[str, dict[str, Any]]:
     }
 
 
-def _fitted(name: str, described: Mapping[str, Any], layer: MoELayer, checkpoint: Checkpoint) -> Placement:
-    """The checkpoint's experts in this layer's pool: in their slots if it is of the same size, else spread evenly."""
+def _fitted(name: str, described: Mapping[str, Any], num_slots: int, ep_size: int, checkpoint: Restorable) -> Placement:
+    """The checkpoint's experts in a pool: in their slots if it is of the same size, else spread evenly."""
     ids: list[int | None] = described["expert_ids"]
-    live = [expert_id for expert_id in ids if expert_id is not None]
-    if len(live) > layer.num_slots:
+    num_live = len(ids) - ids.count(None)
+    if num_live > num_slots:
         raise CheckpointError(
-            f"{checkpoint.path} has {len(live)} experts in {name}, but its pool has {layer.num_slots} slots. Build the "
-            f"model with num_slots {len(live)} or more."
+            f"{checkpoint.path} has {num_live} experts in {name}, but its pool has {num_slots} slots. Build the model "
+            f"with num_slots {num_live} or more."
         )
-    if len(ids) != layer.num_slots:
-        ids = [None] * layer.num_slots
-        for index, expert_id in enumerate(live):
-            ids[index * layer.num_slots // len(live)] = expert_id
-    return Placement(expert_ids=tuple(ids), next_id=int(described["next_expert_id"]), ep_size=layer.ep_size)
+    return Placement(expert_ids=tuple(ids), next_id=int(described["next_expert_id"]), ep_size=ep_size).resized(
+        num_slots
+    )
 
 
 # Counters of the engine and its optimiser
@@ -315,7 +341,7 @@ def _plain_records(records: Mapping[str, RoutingRecords], layers: Mapping[str, M
 
 def _plain(record: RoutingRecords, layer: MoELayer) -> dict[str, Any]:
     slots = torch.tensor(list(layer.placement.slots_by_id.values()))
-    per_slot = _per_slot(layer)
+    per_slot = per_slot_statistics(layer)
     return {
         "expert_ids": list(layer.placement.live_ids),
         "tokens_per_expert": record.tokens_per_slot.cpu()[slots],
@@ -325,12 +351,6 @@ def _plain(record: RoutingRecords, layer: MoELayer) -> dict[str, Any]:
             name: value.cpu()[slots] if name in per_slot else value.cpu() for name, value in record.statistics.items()
         },
     }
-
-
-def _per_slot(layer: MoELayer) -> set[str]:
-    """Names of the statistics whose first dimension is that of slots."""
-    shapes = layer.router.statistics_shapes()
-    return {STRAIN, *(name for name, shape in shapes.items() if shape[:1] == (layer.num_slots,))}
 
 
 def _records(plain: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, RoutingRecords]:
@@ -346,7 +366,7 @@ def _record(plain: Mapping[str, Any], layer: MoELayer) -> RoutingRecords:
         value[slots] = rows
         return value.to(device)
 
-    per_slot = _per_slot(layer)
+    per_slot = per_slot_statistics(layer)
     num_tokens, num_assignments, num_unrouted = plain["counts"].to(device)
     statistics = plain["statistics"].items()
     return RoutingRecords(

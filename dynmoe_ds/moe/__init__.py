@@ -5,6 +5,7 @@ from dynmoe_ds.moe.layer import MoELayer, layer_faults
 from dynmoe_ds.moe.ledger import StepLedger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
+from dynmoe_ds.moe.renumbering import per_slot_statistics, renumbered
 from dynmoe_ds.moe.seeds import layer_seed
 from dynmoe_ds.moe.token_sampler import TokenSampler
 from dynmoe_ds.moe.upcycle import upcycle
@@ -17,6 +18,8 @@ __all__ = [
     "TokenSampler",
     "labelled",
     "layer_faults",
+    "per_slot_statistics",
+    "renumbered",
     "layer_seed",
     "upcycle",
 ]

@@ -124,6 +124,23 @@ class MoELayer(nn.Module):
             ledger.watch(self, routing, y)
         return y
 
+    def renew_pool(self, placement: Placement) -> None:
+        """Another pool, of any size: router and experts of zeros for it, of the same dtype on the same device.
+
+        Hooks on them stay. Weights do not: `engine.resize_slots` is what carries them over.
+        """
+        num_slots = placement.num_slots
+        dtype, device = self.router.weight.dtype, self.router.weight.device
+        self.local_slots = current_layout(self.ep_size).local_slots(num_slots)
+        experts = build_experts(self.expert_kind, len(self.local_slots), self.hidden_size, self.ffn_hidden_size)
+        router = build_router(self.router.config, self.hidden_size, num_slots)
+        _become(self.experts, experts.to(device=device, dtype=dtype))
+        _become(self.router, router.to(device=device, dtype=dtype))
+        self.num_slots = num_slots
+        self.active = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.expert_ids = torch.full((num_slots,), -1, device=device)
+        self.placement = placement
+
     def extra_repr(self) -> str:
         return (
             f"{len(self.placement.live_ids)} live of {self.num_slots} slots, ep_size={self.ep_size}, "
@@ -172,6 +189,11 @@ class MoELayer(nn.Module):
             if slot in self.local_slots:
                 for name, value in self.experts.initial(self.seed, expert_id).items():
                     self.experts.get_parameter(name)[slot - first] = value
+
+
+def _become(module: nn.Module, new: nn.Module) -> None:
+    """Give `module` the parameters, buffers, children and attributes of `new`; hooks on it stay."""
+    module.__dict__.update({name: value for name, value in new.__dict__.items() if "hooks" not in name})
 
 
 def layer_faults(*, num_experts: int, num_slots: int, ep_size: int) -> list[str]:

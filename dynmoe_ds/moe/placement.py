@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from dynmoe_ds.errors import PlacementError
@@ -87,6 +87,27 @@ class Placement:
         from_slot = self.slot_of(expert_id)
         self._check_free(to_slot)
         return self._with(to_slot, expert_id)._with(from_slot, None)
+
+    def only(self, expert_ids: Collection[int]) -> Placement:
+        """These experts in their slots, and nobody else."""
+        return replace(self, expert_ids=tuple(id_ if id_ in expert_ids else None for id_ in self.expert_ids))
+
+    def resized(self, num_slots: int) -> Placement:
+        """The same experts in the same order of slots, spread evenly over a pool of another size.
+
+        Raises: PlacementError if they do not fit, or if the ranks cannot share so many slots.
+        """
+        live = [id_ for id_ in self.expert_ids if id_ is not None]
+        if num_slots < len(live):
+            raise PlacementError(f"A pool of {num_slots} slots cannot hold the {len(live)} live experts.")
+        if num_slots % self.ep_size:
+            raise PlacementError(f"A pool of {num_slots} slots cannot be shared evenly by {self.ep_size} ranks.")
+        if num_slots == self.num_slots:
+            return self
+        ids: list[int | None] = [None] * num_slots
+        for index, expert_id in enumerate(live):
+            ids[index * num_slots // len(live)] = expert_id
+        return replace(self, expert_ids=tuple(ids))
 
     def _with(self, slot: int, expert_id: int | None) -> Placement:
         return replace(self, expert_ids=(*self.expert_ids[:slot], expert_id, *self.expert_ids[slot + 1 :]))

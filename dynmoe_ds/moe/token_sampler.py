@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dynmoe_ds.moe.layer import MoELayer
+    from dynmoe_ds.moe.placement import Placement
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
@@ -57,6 +58,15 @@ class TokenSampler:
             priority = priority.masked_fill(~real, torch.inf)
         new = _Kept(hidden=hidden.detach(), mask=mask, priority=priority).least(self.size)
         self._kept[layer] = (self._kept[layer] + new).least(self.size) if layer in self._kept else new
+
+    def renumber(self, layer: MoELayer, old: Placement) -> None:
+        """Let the tokens of `layer` be in the slots of its placement, where their experts were under `old`."""
+        if layer in self._kept:
+            new, kept = layer.placement, self._kept[layer]
+            ids = [id_ for id_ in old.live_ids if id_ in new.slots_by_id]
+            mask = kept.mask.new_zeros(len(kept.mask), new.num_slots)
+            mask[:, [new.slot_of(id_) for id_ in ids]] = kept.mask[:, [old.slot_of(id_) for id_ in ids]]
+            self._kept[layer] = replace(kept, mask=mask)
 
     def gather(self, layer: MoELayer) -> tuple[Tensor, Tensor]:
         """The sample of all ranks: hidden [N, D] float32 and mask [N, S] bool, equal everywhere. N may be 0.

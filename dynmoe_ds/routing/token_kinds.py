@@ -12,6 +12,7 @@ from dynmoe_ds.routing.records import RoutingRecords
 
 TOKENS, ASSIGNMENTS = "tokens_per_kind", "assignments_per_kind"
 UNDECLARED, MISSHAPEN = "tokens_of_undeclared_kind", "passes_with_misshapen_kinds"
+KIND_STATISTICS = (TOKENS, ASSIGNMENTS, UNDECLARED, MISSHAPEN)
 
 
 def kind_shapes(num_kinds: int) -> dict[str, tuple[int, ...]]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
+from dynmoe_ds.routing.token_kinds import KIND_STATISTICS
 from dynmoe_ds.telemetry import Metric
 
 
 class ExpertLoads:
-    """Records by layer name, and tokens by layer name and expert id.
+    """Tokens by layer name and expert id, and what else the records say that belongs to no slot.
 
-    Records count by slot, and an adaptation can give a slot to another expert. So add the records after every
-    adaptation, under the placements from before it.
+    Records count by slot, and an adaptation can give a slot to another expert, or resize the pool.
+    `engine.take_records_by_placement` gives them with the placements that they were made under.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,8 @@ class ExpertLoads:
     def add(self, records: Mapping[str, RoutingRecords], placements: Mapping[str, Placement]) -> None:
         """Count `records`, summed over all ranks and all made under `placements`."""
         for layer, record in records.items():
-            self.records[layer] = self.records[layer] + record if layer in self.records else record
+            of_no_slot = _without_slots(record)
+            self.records[layer] = self.records[layer] + of_no_slot if layer in self.records else of_no_slot
             tokens_per_slot = record.tokens_per_slot.tolist()
             load = self.tokens_per_expert.setdefault(layer, Counter())
             for expert_id, slot in placements[layer].slots_by_id.items():
@@ -67,6 +70,12 @@ class ExpertLoads:
             }
             for layer, record in self.records.items()
         }
+
+
+def _without_slots(record: RoutingRecords) -> RoutingRecords:
+    """What adds up over pools of different sizes: the totals, and the counts per kind of token."""
+    kinds = {name: value for name, value in record.statistics.items() if name in KIND_STATISTICS}
+    return replace(record, tokens_per_slot=record.tokens_per_slot[:0], statistics=kinds)
 
 
 def load_entropy(loads: Sequence[int]) -> float:

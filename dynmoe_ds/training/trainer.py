@@ -159,10 +159,11 @@ class Trainer:
             self.interval.add(loss, self.engine.last_aux_loss)
 
     def _follow_experts(self, is_log: bool) -> None:
-        """Record adaptations, and the experts' loads before another expert's are counted in the same slot."""
+        """Record adaptations and the experts' loads."""
         events = self.engine.take_events()
         if events or is_log:
-            self.interval.loads.add(self.engine.take_records(), self.placements)
+            for placements, records in self.engine.take_records_by_placement():
+                self.interval.loads.add(records, placements)
             self.placements = self.engine.placements()
         self.run_log.events(events)
 

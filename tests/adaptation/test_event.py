@@ -23,6 +23,7 @@ def test_event_says_what_was_done():
         before=before,
         after=plan.apply(before),
         full=frozenset({"full"}),
+        num_slots={"a": (4, 6), "full": (1, 1)},
     )
     as_dict = event.to_dict()
     assert json.loads(json.dumps(as_dict)) == as_dict
@@ -33,7 +34,8 @@ def test_event_says_what_was_done():
         "moved": [{"expert_id": 0, "from_slot": 0, "to_slot": 1}],
         "live_before": 3,
         "live_after": 3,
-        "num_slots": 4,
+        "num_slots_before": 4,
+        "num_slots": 6,
         "tokens_per_expert": {"0": 7, "1": 0, "2": 3},
         "num_tokens": 8,
         "num_unrouted": 2,
@@ -60,6 +62,7 @@ def test_split_is_a_birth_with_a_parent():
         before=before,
         after=plan.apply(before),
         full=frozenset(),
+        num_slots={"a": (4, 6)},
     )
     layer = event.to_dict()["layers"]["a"]
     assert layer["grown"] == [
