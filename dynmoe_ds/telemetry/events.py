@@ -7,7 +7,7 @@ An event is a plain dict, one per adaptation, that becomes one line of `adaptati
         "pruned": [1],
         "grown": [{"expert_id": 4, "slot": 2, "rank": 0, "parent_id": 2, "seeding": "copy_nearest"}],
         "moved": [{"expert_id": 3, "from_slot": 1, "to_slot": 9}],
-        "live_before": 4, "live_after": 4, "num_slots": 16,
+        "live_before": 4, "live_after": 4, "num_slots_before": 16, "num_slots": 16,
         "tokens_per_expert": {"0": 812, "1": 0, "2": 700, "3": 650},
         "num_tokens": 2048, "num_unrouted": 31, "out_of_slots": false, "mean_k": 1.9}}}
 
@@ -53,8 +53,8 @@ def event_fault(event: EventDict) -> str | None:
 
 
 def has_change(change: Mapping[str, Any]) -> bool:
-    """Whether one layer of an event had an expert added, removed or moved."""
-    return bool(change["grown"] or change["pruned"] or change["moved"])
+    """Whether one layer of an event had an expert added, removed or moved, or its pool resized."""
+    return bool(change["grown"] or change["pruned"] or change["moved"] or _resized_from(change) is not None)
 
 
 def describe_change(change: Mapping[str, Any]) -> str:
@@ -68,15 +68,23 @@ def describe_change(change: Mapping[str, Any]) -> str:
     for number, moved in enumerate(change["moved"]):
         verb = "" if number else "moved "
         parts.append(f"{verb}expert {moved['expert_id']} from slot {moved['from_slot']} to {moved['to_slot']}")
+    if (before := _resized_from(change)) is not None:
+        parts.append(f"pool resized from {before} slots")
     what = ", ".join(parts) or "unchanged"
     return f"{what} -> {change['live_after']} live of {change['num_slots']} slots"
+
+
+def _resized_from(change: Mapping[str, Any]) -> int | None:
+    """The size that a layer's pool had before the adaptation resized it; None where it did not."""
+    before: int = change.get("num_slots_before", change["num_slots"])  # runs of earlier versions have no such key
+    return before if before != change["num_slots"] else None
 
 
 def out_of_slots_advice(change: Mapping[str, Any]) -> str:
     """What to do about a layer that wanted an expert and had no free slot."""
     return (
         f"is out of slots: {change['live_after']} of {change['num_slots']} are live, so no further expert could be "
-        f"added. Raise model.num_slots, or end growth earlier (adaptation.last_growth_step), or prune more "
+        f"added. Raise model.num_slots, use adaptation.pool=elastic, or end growth earlier (adaptation.last_growth_step), or prune more "
         f"(adaptation.prune_below_share)."
     )
 

@@ -46,6 +46,7 @@ METRICS: dict[str, str] = {
     "moe/forward_flops_per_token": "FLOPs of matrix products in the forward pass of an average token.",
     "moe/training_flops_per_token": "FLOPs of matrix products in training on an average token: three times as many.",
     "moe/live_experts/<layer>": "Experts that exist in one layer.",
+    "moe/slots/<layer>": "Slots of one layer's pool: live experts and free places.",
     "moe/unrouted_share/<layer>": "Share (0 to 1) of one layer's tokens that chose no expert.",
     "moe/busiest_share/<layer>": "Share (0 to 1) of one layer's tokens that chose its busiest expert.",
     "moe/load_entropy/<layer>": "Evenness of one layer's load: entropy of its K experts' shares over ln K, 0 to 1.",

@@ -52,6 +52,7 @@ def cost_metrics(
 def pool_metrics(placements: Mapping[str, Placement], observables: Mapping[str, Mapping[str, float]]) -> list[Metric]:
     """The state of the layers between two steps: live experts, and the values of the routers' controllers."""
     found = [_metric(f"moe/live_experts/{layer}", len(placement.live_ids)) for layer, placement in placements.items()]
+    found += [_metric(f"moe/slots/{layer}", placement.num_slots) for layer, placement in placements.items()]
     for layer, values in observables.items():
         found += [_metric(f"moe/controller/{name}/{layer}", value) for name, value in values.items()]
     return found

@@ -253,7 +253,7 @@ def test_ties_frozen_weights_marks_hooks_and_an_own_optimiser_stay() -> None:
 def records_across(rank: int, world_size: int) -> dict[str, Any]:
     engine = dm.initialize(TinyModel(2, num_experts=3, num_slots=4), deepspeed_config(1))
     train(engine, range(1), rank, world_size)
-    first = {id_: 0 for id_ in (0, 1, 2)}
+    first = dict.fromkeys((0, 1, 2), 0)
     record = engine.take_records()["moe.0"]
     for id_, slot in engine.placements()["moe.0"].slots_by_id.items():
         first[id_] = int(record.tokens_per_slot[slot])

@@ -88,3 +88,30 @@ def test_growth_goes_to_the_least_loaded_rank(p, load, slot):
 def test_contradictions_are_refused(change, message):
     with pytest.raises(PlacementError, match=message):
         change(placement(0, None, 1, next_id=2))
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_slots", "expected"),
+    [
+        ((7, None, 2, None), 8, (7, None, None, None, 2, None, None, None)),
+        ((7, None, 2, 5), 3, (7, 2, 5)),
+        ((7, None, 2, None), 4, (7, None, 2, None)),
+        ((None, 7, 2, None), 4, (None, 7, 2, None)),  # of the same size it stays as it is
+    ],
+)
+def test_resized_keeps_the_order_and_spreads_evenly(ids, num_slots, expected):
+    before = Placement(expert_ids=ids, next_id=9, ep_size=1)
+    assert before.resized(num_slots) == Placement(expert_ids=expected, next_id=9, ep_size=1)
+
+
+def test_resized_refuses_what_cannot_work():
+    placement = Placement(expert_ids=(0, 1, 2, None), next_id=3, ep_size=2)
+    with pytest.raises(PlacementError, match="A pool of 2 slots cannot hold the 3 live experts"):
+        placement.resized(2)
+    with pytest.raises(PlacementError, match="A pool of 5 slots cannot be shared evenly by 2 ranks"):
+        placement.resized(5)
+
+
+def test_only_keeps_slots():
+    placement = Placement(expert_ids=(4, None, 1, 8), next_id=9, ep_size=1)
+    assert placement.only((1, 4, 77)).expert_ids == (4, None, 1, None)

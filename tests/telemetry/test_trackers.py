@@ -170,10 +170,15 @@ def test_without_a_stream_lines_go_to_logging(caplog: pytest.LogCaptureFixture) 
         ),
         (event(pruned=[], grown=[]), []),
         (
+            event(pruned=[], grown=[], live_after=5, num_slots_before=24),
+            [f"step 60: layer {LAYER} pool resized from 24 slots -> 5 live of 16 slots"],
+        ),
+        (event(pruned=[], grown=[], num_slots_before=16), []),
+        (
             event(pruned=[], grown=[], live_after=16, out_of_slots=True, warnings=("k is high",)),
             [
                 f"step 60: layer {LAYER} is out of slots: 16 of 16 are live, so no further expert could be added. "
-                "Raise model.num_slots, or end growth earlier (adaptation.last_growth_step), or prune more "
+                "Raise model.num_slots, use adaptation.pool=elastic, or end growth earlier (adaptation.last_growth_step), or prune more "
                 "(adaptation.prune_below_share).",
             ],
         ),

@@ -198,5 +198,7 @@ def test_pools_and_controllers():
     assert _values(pool_metrics(PLACEMENTS, {"b": {"p": 0.4}})) == {
         "moe/live_experts/a": 2,
         "moe/live_experts/b": 2,
+        "moe/slots/a": 3,
+        "moe/slots/b": 3,
         "moe/controller/p/b": 0.4,
     }
