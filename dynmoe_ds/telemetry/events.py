@@ -84,8 +84,8 @@ def out_of_slots_advice(change: Mapping[str, Any]) -> str:
     """What to do about a layer that wanted an expert and had no free slot."""
     return (
         f"is out of slots: {change['live_after']} of {change['num_slots']} are live, so no further expert could be "
-        f"added. Raise model.num_slots, use adaptation.pool=elastic, or end growth earlier (adaptation.last_growth_step), or prune more "
-        f"(adaptation.prune_below_share)."
+        "added. Raise model.num_slots, use adaptation.pool=elastic, end growth earlier (adaptation.last_growth_step), "
+        "or prune more (adaptation.prune_below_share)."
     )
 
 

@@ -178,8 +178,8 @@ def test_without_a_stream_lines_go_to_logging(caplog: pytest.LogCaptureFixture) 
             event(pruned=[], grown=[], live_after=16, out_of_slots=True, warnings=("k is high",)),
             [
                 f"step 60: layer {LAYER} is out of slots: 16 of 16 are live, so no further expert could be added. "
-                "Raise model.num_slots, use adaptation.pool=elastic, or end growth earlier (adaptation.last_growth_step), or prune more "
-                "(adaptation.prune_below_share).",
+                "Raise model.num_slots, use adaptation.pool=elastic, end growth earlier "
+                "(adaptation.last_growth_step), or prune more (adaptation.prune_below_share).",
             ],
         ),
     ],
