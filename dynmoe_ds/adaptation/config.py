@@ -42,7 +42,8 @@ class AdaptationConfig:
     (weights, master and moments of an expert, through every rank of its group) divided by those that a rank of mean
     load computes this layer's experts until the next adaptation (`every_steps` times those of one step).
 
-    Source: arXiv 2405.14297 §3.2; the fields after `seeding` come from the studies summed up in docs/decisions.md.
+    Source: arXiv 2405.14297 §3.2; the fields from `noise` to `split_above_load` come from the studies summed up in
+    docs/decisions.md, which also says how rebalancing was measured.
     """
 
     every_steps: int
