@@ -39,7 +39,16 @@ class AdaptationConfig:
     split_reset_share: share of the child's hidden units that start anew instead of as the parent's, which helped in the
     first fifth of training and hurt later. split_above_load: the rule `split_loaded` splits experts with more than this
     times the mean load. `seeding`, `noise` and `new_threshold` are for experts that are added, not split.
-    Source: arXiv 2405.14297 §3.2; the fields after `seeding` come from the studies summed up in docs/decisions.md.
+
+    Of rebalancing: rebalance_above: experts change ranks when the busiest rank of an expert-parallel group has more
+    than this times the mean load (tokens of its experts in the window); None never moves one. rebalance_cost: what
+    carrying one expert over costs, as a share of a rank's mean load; a step must relieve the busier of its two ranks by
+    more, and an exchange, which carries two, by more than twice as much. It is the seconds that carrying one over takes
+    (weights, master and moments of an expert, through every rank of its group) divided by those that a rank of mean
+    load computes this layer's experts until the next adaptation (`every_steps` times those of one step).
+
+    Source: arXiv 2405.14297 §3.2; the fields from `noise` to `split_above_load` come from the studies summed up in
+    docs/decisions.md, which also says how rebalancing was measured.
     """
 
     every_steps: int
@@ -57,6 +66,8 @@ class AdaptationConfig:
     split_above_load: float = 1.5
     pool: Literal["fixed", "elastic"] = "fixed"
     max_slots: int | None = None
+    rebalance_above: float | None = None
+    rebalance_cost: float = 0.02
 
     def __post_init__(self) -> None:
         faults = self.faults()
@@ -102,4 +113,11 @@ class AdaptationConfig:
             found.append(f"adaptation.max_slots is {self.max_slots}, but adaptation.pool is {self.pool}: use elastic.")
         if self.max_slots is not None and self.max_slots < 1:
             found.append(f"adaptation.max_slots is {self.max_slots} but must be at least 1.")
+        if self.rebalance_above is not None and not 1 <= self.rebalance_above < inf:
+            found.append(
+                f"adaptation.rebalance_above is {self.rebalance_above} but must be finite, at least 1 (equal loads), "
+                "or null for no moves."
+            )
+        if not 0 <= self.rebalance_cost < inf:
+            found.append(f"adaptation.rebalance_cost is {self.rebalance_cost} but must be finite, at least 0.")
         return found

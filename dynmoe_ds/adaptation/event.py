@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynmoe_ds.adaptation.plan import Grow, Move, Plan, Prune, Split
+from dynmoe_ds.adaptation.plan import Grow, Move, Plan, PlanItem, Prune, Split
 from dynmoe_ds.adaptation.rules import tokens_per_expert
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
@@ -61,11 +61,7 @@ def describe(
         layers[name] = {
             "pruned": [item.expert_id for item in items if isinstance(item, Prune)],
             "grown": [_grown(item, after[name]) for item in items if isinstance(item, Grow | Split)],
-            "moved": [
-                {"expert_id": i.expert_id, "from_slot": before[name].slots_by_id.get(i.expert_id), "to_slot": i.to_slot}
-                for i in items
-                if isinstance(i, Move)
-            ],
+            "moved": _moved(items, before[name]),
             "live_before": len(before[name].live_ids),
             "live_after": len(after[name].live_ids),
             "num_slots_before": num_slots[name][0],
@@ -94,6 +90,19 @@ def alarms(layer: str, record: RoutingRecords, *, num_live: int) -> list[str]:
             "If that lasts, raise router.price_weight."
         )
     return found
+
+
+def _moved(items: tuple[PlanItem, ...], placement: Placement) -> list[dict[str, int]]:
+    """Every expert that changes slots, in the plan's order: of an exchange both. `placement`: before the plan."""
+    moved = []
+    for item in items:
+        if isinstance(item, Move):
+            from_slot = placement.slot_of(item.expert_id)
+            moved.append({"expert_id": item.expert_id, "from_slot": from_slot, "to_slot": item.to_slot})
+            if item.exchange_with is not None:
+                moved.append({"expert_id": item.exchange_with, "from_slot": item.to_slot, "to_slot": from_slot})
+        placement = item.apply(placement)
+    return moved
 
 
 def _grown(item: Grow | Split, placement: Placement) -> dict[str, Any]:

@@ -89,17 +89,30 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """Carry `expert_id` with its moments to the free slot `to_slot`, on whatever rank that is."""
+    """Carry `expert_id` with its moments to the slot `to_slot`, on whatever rank that is.
+
+    exchange_with: the expert that holds the slot and takes the mover's place, so that a full pool can be rebalanced,
+    too. None if the slot is free.
+    """
 
     layer: str
     expert_id: int
     to_slot: int
+    exchange_with: int | None = None
 
     def apply(self, placement: Placement) -> Placement:
-        return placement.moved(self.expert_id, self.to_slot)
+        if self.exchange_with is None:
+            return placement.moved(self.expert_id, self.to_slot)
+        return placement.exchanged(self.expert_id, self.to_slot, self.exchange_with)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "move", "layer": self.layer, "expert_id": self.expert_id, "to_slot": self.to_slot}
+        return {
+            "kind": "move",
+            "layer": self.layer,
+            "expert_id": self.expert_id,
+            "to_slot": self.to_slot,
+            "exchange_with": self.exchange_with,
+        }
 
 
 PlanItem: TypeAlias = Prune | Grow | Split | Move

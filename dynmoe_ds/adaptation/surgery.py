@@ -231,15 +231,25 @@ class _Surgeon:
                     state[key] = value.index_copy(dim, units, mean.expand_as(value).index_select(dim, units))
 
     def move(self, item: Move) -> None:
-        """Carry an expert with its moments to another slot, on whatever rank."""
-        from_slot = self.placement.slot_of(item.expert_id)
-        self._write_expert(item.to_slot, self._read_expert(from_slot))
+        """Carry an expert with its moments to another slot, on whatever rank, and the one there to its old slot."""
+        from_slot, to_slot = self.placement.slot_of(item.expert_id), item.to_slot
+        if item.exchange_with is None:
+            self._write_expert(to_slot, self._read_expert(from_slot))
+            for param in self.router_params.values():
+                self.masters.write(param, to_slot, to_slot + 1, self.masters.read(param, from_slot, from_slot + 1))
+            for buffer in self.router_buffers:
+                buffer[to_slot] = buffer[from_slot]
+            self.clear(from_slot)
+            return
+        mover, other = self._read_expert(from_slot), self._read_expert(to_slot)
+        self._write_expert(to_slot, mover)
+        self._write_expert(from_slot, other)
         for param in self.router_params.values():
-            row = self.masters.read(param, from_slot, from_slot + 1)
-            self.masters.write(param, item.to_slot, item.to_slot + 1, row)
+            row, other_row = (self.masters.read(param, slot, slot + 1) for slot in (from_slot, to_slot))
+            self.masters.write(param, to_slot, to_slot + 1, row)
+            self.masters.write(param, from_slot, from_slot + 1, other_row)
         for buffer in self.router_buffers:
-            buffer[item.to_slot] = buffer[from_slot]
-        self.clear(from_slot)
+            buffer[[from_slot, to_slot]] = buffer[[to_slot, from_slot]]
 
     def clear(self, slot: int) -> None:
         """Zero a slot's weights and moments everywhere, so that the optimiser leaves it at rest."""

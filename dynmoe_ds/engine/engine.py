@@ -169,8 +169,11 @@ class Engine:
         plan contradicts the placements; nothing has been changed then.
         """
         self._close_records()
+        before = self.placements()
         plan = operate(plan, self._layers, self.masters, self._adaptation)
         self.lives.note(self.global_steps, self.placements())
+        if self._window is not None:
+            self._window.set(self._renumbered(self._window.records(), before))
         return plan
 
     def resize_slots(self, num_slots: int | Mapping[str, int]) -> None:
@@ -201,15 +204,12 @@ class Engine:
             return
         self._construction.check_removable()
         self._close_records()
-        group, before, closed = self._group_on_host(), self.placements(), self._untaken.closed
+        group, closed = self._group_on_host(), self._untaken.closed
         state = SnapshotInMemory(take_snapshot(self, None), group)
         restore(self, state, group, self._num_slots() | wanted)
         self._untaken.own, self._untaken.closed = {}, closed
         after = self.placements()
-        self._last_records = {
-            name: renumbered(record, before[name], after[name], per_slot_statistics(self._layers[name]))
-            for name, record in self._last_records.items()
-        }
+        self._last_records = self._renumbered(self._last_records, self._last_placements)
         # Without those that were born after the step, as before.
         self._last_placements = {name: after[name].only(old.live_ids) for name, old in self._last_placements.items()}
 
@@ -537,8 +537,16 @@ class Engine:
         self.resize_slots(sizes)
         for name in sizes:
             self._sampler.renumber(self._layers[name], before[name])
+        return self._renumbered(records, before)
+
+    def _renumbered(
+        self, records: dict[str, RoutingRecords], before: Mapping[str, Placement]
+    ) -> dict[str, RoutingRecords]:
+        """Records made under the placements `before`, by the slots there are now."""
         return {
-            name: renumbered(record, before[name], self._layers[name].placement, per_slot[name])
+            name: renumbered(
+                record, before[name], self._layers[name].placement, per_slot_statistics(self._layers[name])
+            )
             for name, record in records.items()
         }
 

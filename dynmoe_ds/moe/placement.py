@@ -109,6 +109,21 @@ class Placement:
             ids[index * num_slots // len(live)] = expert_id
         return replace(self, expert_ids=tuple(ids))
 
+    def exchanged(self, expert_id: int, to_slot: int, other_id: int) -> Placement:
+        """An expert in the slot `to_slot` of another one, `other_id`, which takes its place.
+
+        Raises: PlacementError if one of them is not live, they are the same, or the other does not hold that slot.
+        """
+        from_slot, held = self.slot_of(expert_id), self.slot_of(other_id)
+        if expert_id == other_id:
+            raise PlacementError(f"Expert {expert_id} cannot be exchanged with itself. Name another live expert.")
+        if held != to_slot:
+            raise PlacementError(
+                f"Expert {expert_id} cannot be exchanged with expert {other_id} in slot {to_slot}, since expert "
+                f"{other_id} is in slot {held}. Name the expert that holds the slot, or none if it is free."
+            )
+        return self._with(to_slot, expert_id)._with(from_slot, other_id)
+
     def _with(self, slot: int, expert_id: int | None) -> Placement:
         return replace(self, expert_ids=(*self.expert_ids[:slot], expert_id, *self.expert_ids[slot + 1 :]))
 

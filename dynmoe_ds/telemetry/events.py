@@ -12,7 +12,8 @@ An event is a plain dict, one per adaptation, that becomes one line of `adaptati
         "num_tokens": 2048, "num_unrouted": 31, "out_of_slots": false, "mean_k": 1.9}}}
 
 `tokens_per_expert` has every expert that was live in the window; `parent_id` is null for a seeding without a parent.
-The seeding of an expert that comes from a split of its parent is `split`.
+The seeding of an expert that comes from a split of its parent is `split`. Of two experts that were exchanged `moved`
+has both, one after the other.
 """
 
 from __future__ import annotations

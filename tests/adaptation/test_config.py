@@ -8,6 +8,7 @@ def test_defaults_are_the_paper():
     config = AdaptationConfig(every_steps=6, window_steps=2)
     assert (config.rule, config.min_unrouted_share, config.prune_below_share) == ("paper", 0.0, 0.0)
     assert (config.new_threshold, config.last_growth_step, config.first_step) == ("zero", None, None)
+    assert config.rebalance_above is None, "the paper moves no experts"
     assert (config.split_separation, config.split_reset_share) == (1.0, 0.0)
 
 
@@ -45,6 +46,18 @@ def test_defaults_are_the_paper():
         ({"split_reset_share": 1.5}, "adaptation.split_reset_share is 1.5 but must be between 0 and 1."),
         ({"split_reset_share": -0.5}, "adaptation.split_reset_share is -0.5 but must be between 0 and 1."),
         ({"split_above_load": 0.0}, "adaptation.split_above_load is 0.0 but must be above 0."),
+        *(
+            (
+                {"rebalance_above": value},
+                f"adaptation.rebalance_above is {value} but must be finite, at least 1 (equal loads), or null for no "
+                "moves.",
+            )
+            for value in (0.99, float("inf"), float("nan"))
+        ),
+        *(
+            ({"rebalance_cost": value}, f"adaptation.rebalance_cost is {value} but must be finite, at least 0.")
+            for value in (-0.01, float("inf"), float("nan"))
+        ),
     ],
 )
 def test_values_that_cannot_work(values, message):

@@ -6,6 +6,7 @@ from dynmoe_ds.adaptation import (
     AdaptationController,
     Decision,
     Grow,
+    Move,
     Prune,
     Split,
     register_rule,
@@ -123,6 +124,59 @@ def test_no_split_after_the_last_growth_step(rule):
     options = {"rule": rule, "prune_below_share": 0.1, "last_growth_step": 10}
     assert [type(item) for item in decide(record, pool, step=10, **options)[0]][:2] == [Prune, Split]
     assert decide(record, pool, step=11, **options)[:2] == ([Prune(layer="a", expert_id=1)], frozenset())
+
+
+def test_moves_come_last_on_what_is_left():
+    pool = placement(0, 1, None, 2, 3, None, next_id=4, ep_size=2)
+    record = records([50, 40, 0, 20, 1, 0], **UNROUTED)
+    options = {"prune_below_share": 0.1, "rebalance_above": 1.1, "rebalance_cost": 0.02}
+    # Expert 3 goes, the new one comes in its place: 90 and 20 tokens, and 40 on the other side leave 50 and 60.
+    items, _, after = decide(record, pool, **options)
+    assert [type(item) for item in items] == [Prune, Grow, Move]
+    assert items[2] == Move(layer="a", expert_id=1, to_slot=5) and after.expert_ids == (0, None, None, 2, 4, 1)
+    without = [type(item) for item in decide(record, pool, prune_below_share=0.1)[0]]
+    assert without == [Prune, Grow], "nothing moves unless asked to"
+    # Pruning can end growth, and moves go on.
+    items, _, _ = decide(record, pool, step=5, last_growth_step=0, **options)
+    assert [type(item) for item in items] == [Prune, Move]
+
+
+@pytest.fixture
+def own_rule(monkeypatch):
+    """Splits expert 0."""
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    register_rule("first")(lambda record, pool, config: Decision(split_ids=(0,)))
+    return "first"
+
+
+def test_halves_of_a_split_count_half_of_its_load_each(own_rule):
+    # 30 + 20 on the first rank and 30 + 30 on the second, which no exchange makes more even. Were the parent's 60 all
+    # its own, or the child's too, there would be one.
+    pool = placement(0, 1, 2, None, next_id=3, ep_size=2)
+    items, _, _ = decide(records([60, 20, 30, 0]), pool, rule=own_rule, rebalance_above=1.0, rebalance_cost=0.0)
+    assert items == [split(0, 3, 3)]
+
+
+def test_an_expert_that_was_just_born_can_move(own_rule):
+    # The child comes to the rank with fewer experts, and with 50 of its 101 tokens goes on to the other, which leaves
+    # 51 and 70. The parent's 51 would leave 71. Exchanged for 10 it would leave 61 and 60, but that carries two.
+    pool = placement(0, None, None, None, 1, 2, None, None, next_id=3, ep_size=2)
+    items, _, after = decide(
+        records([101, 0, 0, 0, 10, 10, 0, 0]), pool, rule=own_rule, rebalance_above=1.0, rebalance_cost=0.2
+    )
+    assert items == [split(0, 3, 1), Move(layer="a", expert_id=3, to_slot=6)]
+    assert after.expert_ids == (0, None, None, None, 1, 2, 3, None)
+
+
+def test_every_layer_is_rebalanced_on_its_own():
+    config = AdaptationConfig(every_steps=1, window_steps=1, last_growth_step=0, rebalance_above=1.2)
+    pool = placement(0, 1, None, None, ep_size=2)
+    even, uneven = placement(0, None, 1, None, ep_size=2), records([30, 30, 0, 0])
+    plan, full = AdaptationController(config).decide(
+        {"a": uneven, "b": records([30, 0, 30, 0]), "c": uneven}, {"a": pool, "b": even, "c": pool}, step=1
+    )
+    assert plan.items == (Move(layer="a", expert_id=0, to_slot=2), Move(layer="c", expert_id=0, to_slot=2))
+    assert not full
 
 
 def test_own_rule_may_split_and_add(monkeypatch):

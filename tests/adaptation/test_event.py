@@ -47,6 +47,23 @@ def test_event_says_what_was_done():
     assert warning.startswith("a: 25.0% of the tokens have no open gate.")
 
 
+def test_moves_name_both_experts_of_an_exchange_and_follow_one_another():
+    before = {"a": placement(0, 1, None, 2, ep_size=2)}
+    plan = Plan(items=(
+        grow(slot=2),
+        Move(layer="a", expert_id=0, to_slot=3, exchange_with=2),
+        Prune(layer="a", expert_id=1),
+        Move(layer="a", expert_id=0, to_slot=1),
+        Move(layer="a", expert_id=10, to_slot=0, exchange_with=2),
+    ))  # fmt: skip
+    record = {"a": records([7, 1, 0, 3])}
+    event = describe(plan, step=1, window_steps=1, rule="paper", records=record, before=before,
+                     after=plan.apply(before), full=frozenset())  # fmt: skip
+    moved = event.layers["a"]["moved"]
+    assert [tuple(one.values()) for one in moved] == [(0, 0, 3), (2, 3, 0), (0, 3, 1), (10, 2, 0), (2, 0, 2)]
+    assert all(list(one) == ["expert_id", "from_slot", "to_slot"] for one in moved)
+
+
 def test_split_is_a_birth_with_a_parent():
     before = {"a": placement(0, None, 1, None, ep_size=2, next_id=2)}
     plan = Plan(items=(

@@ -34,6 +34,15 @@ def test_items_are_applied_in_order():
     assert plan.of_layer("b") == plan.items[3:] and plan.of_layer("c") == ()
 
 
+def move(expert_id: int = 5, to_slot: int = 2, exchange_with: int | None = 6, layer: str = "a") -> Move:
+    return Move(layer=layer, expert_id=expert_id, to_slot=to_slot, exchange_with=exchange_with)
+
+
+def test_an_exchange_is_applied_between_other_items():
+    plan = Plan(items=(Prune(layer="a", expert_id=7), move(), Move(layer="a", expert_id=6, to_slot=3)))
+    assert plan.apply({"a": placement(5, None, 6, 7)})["a"].expert_ids == (None, None, 5, 6)
+
+
 @pytest.mark.parametrize(
     "items",
     [
@@ -44,6 +53,9 @@ def test_items_are_applied_in_order():
         (grow(slot=1), grow(slot=1, expert_id=11)),
         (Move(layer="a", expert_id=5, to_slot=2),),
         (Move(layer="a", expert_id=5, to_slot=3),),
+        (move(to_slot=1),),
+        (move(exchange_with=5, to_slot=0),),
+        (move(), move()),
         (split(slot=0),),
         (split(parent_id=9),),
         (Prune(layer="a", expert_id=5), split()),
@@ -56,6 +68,9 @@ def test_items_are_applied_in_order():
         "taken by the plan",
         "onto an expert",
         "no such slot",
+        "exchange in a free slot",
+        "exchange with itself",
+        "exchanged twice",
         "split into a taken slot",
         "split of nobody",
         "split of a pruned expert",
@@ -86,6 +101,16 @@ def test_parent_of_a_split_keeps_its_slot():
 def test_different_splits_have_different_fingerprints(other):
     assert Plan(items=(split(),)).fingerprint() == Plan(items=(split(),)).fingerprint()
     assert Plan(items=(split(),)).fingerprint() != Plan(items=(other,)).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [move(expert_id=7), move(to_slot=3), move(exchange_with=7), move(exchange_with=None), move(layer="b")],
+    ids=["expert", "slot", "exchanged with another", "no exchange", "layer"],
+)
+def test_different_moves_have_different_fingerprints(other):
+    assert Plan(items=(move(),)).fingerprint() == Plan(items=(move(),)).fingerprint()
+    assert Plan(items=(move(),)).fingerprint() != Plan(items=(other,)).fingerprint()
 
 
 @pytest.mark.parametrize(

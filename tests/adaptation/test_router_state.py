@@ -28,5 +28,10 @@ def test_a_moved_expert_takes_its_bias_along():
     assert after(Move(layer="a", expert_id=1, to_slot=3)) == [0.5, 0.0, 0.0, -0.25, 0.125, 0.0]
 
 
+def test_exchanged_experts_take_their_biases_along():
+    item = Move(layer="a", expert_id=1, to_slot=4, exchange_with=2)
+    assert after(item) == [0.5, 0.0, 0.125, 0.0, -0.25, 0.0]
+
+
 def test_a_new_expert_starts_with_the_mean_bias():
     assert after(grow("fresh")) == [0.5, 0.0, -0.25, 0.0, 0.125, 0.125]

@@ -96,6 +96,23 @@ def test_moving_carries_weights_moments_and_router_rows():
         assert torch.equal(value[5], before[key][2]) and not value[2].any(), key
 
 
+def test_an_exchange_carries_weights_moments_and_router_rows_both_ways():
+    before, now, layer, _ = after([Move(layer="a", expert_id=1, to_slot=4, exchange_with=2)])
+    assert layer.placement.expert_ids == (0, None, 2, None, 1, None)
+    for key, value in now.items():
+        assert not torch.equal(before[key][2], before[key][4]), key
+        assert torch.equal(value[[0, 1, 4, 3, 2, 5]], before[key]), key
+
+
+def test_an_expert_that_was_just_born_can_be_moved():
+    items = [grow("fresh"), Move(layer="a", expert_id=3, to_slot=0, exchange_with=0)]
+    _, born, _, _ = after(items[:1])
+    _, now, layer, _ = after(items)
+    assert layer.placement.expert_ids == (3, None, 1, None, 2, 0)
+    for key, value in now.items():
+        assert torch.equal(value[[5, 1, 2, 3, 4, 0]], born[key]), key
+
+
 @pytest.mark.parametrize("seeding", ["copy_nearest", "copy_most_loaded", "mean", "fresh"])
 @pytest.mark.parametrize("new_threshold", ["zero", "mean_of_live"])
 def test_growth(seeding, new_threshold):
@@ -163,6 +180,12 @@ def test_plan_that_contradicts_the_pool_changes_nothing():
 def _on_ranks(rank: int, world_size: int) -> None:
     plans = [
         [Prune(layer="a", expert_id=2), Move(layer="a", expert_id=0, to_slot=4)],
+        [Move(layer="a", expert_id=0, to_slot=4, exchange_with=2)],
+        [
+            grow("fresh"),
+            Move(layer="a", expert_id=3, to_slot=0, exchange_with=0),
+            Move(layer="a", expert_id=0, to_slot=1),
+        ],
         *([grow(seeding), Prune(layer="a", expert_id=0)] for seeding in ("copy_nearest", "mean", "fresh")),
         [grow("copy_most_loaded", parent_id=0)],
     ]
@@ -176,6 +199,11 @@ def _on_ranks(rank: int, world_size: int) -> None:
 
     layer, masters = pool(world_size)
     before = whole(layer, masters)
+    partner = 2 if rank else None
+    with pytest.raises(DivergenceError, match=r"The ranks disagree on the plan\. item 0 is .*exchange_with"):
+        operate(
+            Plan(items=(Move(layer="a", expert_id=0, to_slot=4, exchange_with=partner),)), {"a": layer}, masters, None
+        )
     row = torch.nextafter(ROW, ROW + 1) if rank else ROW
     with pytest.raises(DivergenceError, match=r"The ranks disagree on the plan\. item 0 is .*gate_row_sha256"):
         operate(Plan(items=(grow("mean", row=row),)), {"a": layer}, masters, config())

@@ -87,6 +87,16 @@ def test_the_experiments_say_what_they_should() -> None:
     smoke = load_config([RUN_DIR, "experiment=smoke"])
     assert smoke.training.steps <= 30 and smoke.adaptation is not None
     assert smoke.adaptation.every_steps * 2 <= smoke.training.steps, "adaptation is part of what a smoke test tries"
+    assert (smoke.adaptation.rebalance_above, smoke.adaptation.rebalance_cost) == (1.0, 0.0)
+    assert demo.adaptation.rebalance_above is None
+
+
+def test_rebalancing_goes_with_routers_without_growth_and_with_every_rule() -> None:
+    only = load_config([RUN_DIR, "adaptation=rebalanced", "router=top_k", "training.steps=200"]).adaptation
+    assert only is not None and (only.every_steps, only.window_steps, only.last_growth_step) == (10, 6, 0)
+    assert (only.rebalance_above, only.rebalance_cost) == (1.1, 0.02)
+    growing = load_config([RUN_DIR, "adaptation=split_all", "adaptation.rebalance_above=1.5"]).adaptation
+    assert growing is not None and (growing.rebalance_above, growing.rebalance_cost) == (1.5, 0.02)
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:
@@ -128,7 +138,7 @@ def test_values_keep_their_types_and_may_refer_to_others() -> None:
         (
             ["adaptation=none", "adaptation.noise=0.5"],
             "adaptation.noise is set, but adaptation=none switches that section off. Leave adaptation.noise out, or "
-            "use adaptation=paper or recommended or split_all or split_loaded or split_strained.",
+            "use adaptation=paper or rebalanced or recommended or split_all or split_loaded or split_strained.",
         ),
         (["seed=${nothing.there}"], "The configuration cannot be resolved: Interpolation key 'nothing.there' not"),
         (["seed=???"], "The configuration cannot be resolved: Missing mandatory value: seed"),

@@ -296,6 +296,27 @@ def test_records_follow_their_experts() -> None:
     assert [of_rank["untaken"] for of_rank in found] == [32, 0], "the sum over ranks is the first rank's"
 
 
+def window_across_a_plan(rank: int, world_size: int) -> list[dict[int, int]]:
+    engine = dm.initialize(TinyModel(2, num_experts=3, num_slots=4), deepspeed_config(1), dm.AdaptationConfig(9, 9))
+    train(engine, range(1), rank, world_size)
+
+    def counts() -> dict[int, int]:
+        record = engine.sum_over_ranks(engine.window_records())["moe.0"]
+        slots = engine.placements()["moe.0"].slots_by_id
+        return {expert_id: int(record.tokens_per_slot[slot]) for expert_id, slot in slots.items()}
+
+    before = counts()
+    free = engine.placements()["moe.0"].free_slots[0]
+    moved = engine.placements()["moe.0"].live_ids[0]
+    engine.apply_plan(dm.adaptation.Plan(items=(dm.adaptation.Move(layer="moe.0", expert_id=moved, to_slot=free),)))
+    return [before, counts()]
+
+
+def test_a_window_follows_experts_that_a_plan_moves() -> None:
+    before, after = run_ranks(window_across_a_plan, 2)[0]
+    assert before == after and len(set(before.values())) > 1
+
+
 # Errors
 
 

@@ -6,30 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import dynmoe_ds as dm
 from dynmoe_ds.adaptation import Grow, Move, Plan, Prune
-from tests.helpers.models import HIDDEN, TinyModel, deepspeed_config, gathered, train
+from tests.helpers.models import HIDDEN, TinyModel, deepspeed_config, expert_states, gathered, train
 from tests.helpers.spawn import run_ranks
 
 CASES = [(stage, bf16) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
-
-
-def _states(engine: Any) -> dict[str, torch.Tensor]:
-    """Master and moments of every expert by layer, parameter, id and kind. Collective."""
-    out = {}
-    for layer_name, layer in engine._layers.items():
-        for name, param in layer.named_parameters():
-            rows = engine.masters.read(param, 0, getattr(param, "ds_shape", param.shape)[0])
-            for kind, value in rows.items():
-                if name.startswith("experts.") and layer.ep_group is not None:
-                    parts = [torch.empty_like(value) for _ in range(layer.ep_size)]
-                    dist.all_gather(parts, value, group=layer.ep_group)
-                    value = torch.cat(parts)
-                for expert_id, slot in layer.placement.slots_by_id.items():
-                    out[f"{layer_name}.{name}[{expert_id}].{kind}"] = value[slot].clone()
-    return out
 
 
 def _swap_ranks(engine: Any) -> None:
@@ -46,12 +29,12 @@ def _migrate(rank: int, world_size: int) -> dict[Any, Any]:
         for kind in ("undisturbed", "moved", "moved without moments"):
             engine = dm.initialize(TinyModel(2), deepspeed_config(stage, bf16=bf16))
             train(engine, range(3), rank, world_size)
-            before = _states(engine)
+            before = expert_states(engine)
             if kind == "moved without moments":
                 engine.masters.state_names = lambda: ()  # type: ignore[method-assign]
             if kind != "undisturbed":
                 _swap_ranks(engine)
-            after = _states(engine)
+            after = expert_states(engine)
             out[stage, bf16, kind] = {
                 "losses": train(engine, range(3, 7), rank, world_size),
                 "rank of expert 0": engine.placements()["moe.0"].rank_of(engine.placements()["moe.0"].slot_of(0)),

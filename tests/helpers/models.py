@@ -127,6 +127,24 @@ def gathered(engine: Any) -> dict[str, Tensor]:
     return out
 
 
+def expert_states(engine: Any) -> dict[str, Tensor]:
+    """Master and moments of every expert by layer, parameter, id and kind. Collective."""
+    import torch.distributed as dist
+
+    out = {}
+    for layer_name, layer in engine.layers.items():
+        for name, param in layer.named_parameters():
+            rows = engine.masters.read(param, 0, getattr(param, "ds_shape", param.shape)[0])
+            for kind, value in rows.items():
+                if name.startswith("experts.") and layer.ep_group is not None:
+                    parts = [torch.empty_like(value) for _ in range(layer.ep_size)]
+                    dist.all_gather(parts, value, group=layer.ep_group)
+                    value = torch.cat(parts)
+                for expert_id, slot in layer.placement.slots_by_id.items():
+                    out[f"{layer_name}.{name}[{expert_id}].{kind}"] = value[slot].clone()
+    return out
+
+
 def train(
     engine: Any, steps: range, rank: int, world_size: int, num_tokens: int = 32, accumulate: int = 1
 ) -> list[float]:
@@ -147,4 +165,15 @@ def train(
     return losses
 
 
-__all__ = ["FFN", "HIDDEN", "SelectiveModel", "TinyModel", "batch", "deepspeed_config", "gathered", "shard", "train"]
+__all__ = [
+    "FFN",
+    "HIDDEN",
+    "SelectiveModel",
+    "TinyModel",
+    "batch",
+    "deepspeed_config",
+    "expert_states",
+    "gathered",
+    "shard",
+    "train",
+]

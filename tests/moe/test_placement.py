@@ -56,6 +56,12 @@ def test_changes_give_new_placements_and_never_use_an_id_again():
     assert p == placement(0, None, 1, None, next_id=2)
 
 
+def test_exchanged_experts_have_each_others_slots():
+    p = placement(0, None, 1, 5, next_id=6)
+    assert p.exchanged(0, 3, 5).expert_ids == (5, None, 1, 0) == p.exchanged(5, 0, 0).expert_ids
+    assert p.exchanged(0, 3, 5).next_id == 6 and p == placement(0, None, 1, 5, next_id=6)
+
+
 @pytest.mark.parametrize(
     ("p", "load", "slot"),
     [
@@ -82,6 +88,14 @@ def test_growth_goes_to_the_least_loaded_rank(p, load, slot):
         (lambda p: p.moved(0, 0), "Slot 0 holds expert 0"),
         (lambda p: p.with_new_expert(3), "Slot 3 does not exist: the pool has slots 0 to 2"),
         (lambda p: p.moved(0, -1), "Slot -1 does not exist"),
+        (lambda p: p.exchanged(3, 2, 1), r"Expert 3 is not live\. Live experts: 0, 1\."),
+        (lambda p: p.exchanged(0, 2, 3), r"Expert 3 is not live\. Live experts: 0, 1\."),
+        (lambda p: p.exchanged(0, 0, 0), r"Expert 0 cannot be exchanged with itself\. Name another live expert\."),
+        (
+            lambda p: p.exchanged(0, 1, 1),
+            r"Expert 0 cannot be exchanged with expert 1 in slot 1, since expert 1 is in slot 2\. Name the expert that "
+            r"holds the slot, or none if it is free\.",
+        ),
         (lambda p: p.with_new_expert(1).with_new_expert(0), r"Slot 0 holds expert 0\. Free slots: none\."),
     ],
 )
