@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import dynmoe_ds as dm
 from dynmoe_ds.engine.snapshot import COUNTERS, take_snapshot
-from dynmoe_ds.errors import ConfigError, NonFiniteError
+from dynmoe_ds.errors import NonFiniteError
 from tests.helpers.models import TinyModel, batch, deepspeed_config, shard
 from tests.helpers.spawn import run_ranks
 
