@@ -7,12 +7,17 @@ run that never saw the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from deepspeed.runtime.utils import is_invalid_grad_norm
+import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+MAX_GRADIENT_NORM = torch.finfo(torch.float32).max ** 0.5
+"""The square of a larger one is infinite in float32."""
 
 
 def drop_gradients(deepspeed_engine: Any) -> None:
@@ -45,22 +50,25 @@ def leave_out_update(deepspeed_engine: Any) -> None:
 
 
 def watch_gradient_norm(optimizer: Any) -> None:
-    """Make ZeRO-1 and 2 leave out an update whose gradients have no finite norm in bfloat16, too.
+    """Make ZeRO leave out an update whose gradients are too large to be squared in float32, at every stage and dtype.
 
-    In float32 and at ZeRO-3 they do. In bfloat16 DeepSpeed asks only if `bf16.check_grad_overflow` is set, for three
-    more passes over all gradients; else it divides by an infinite norm and destroys the masters.
+    Adam squares them. Of itself DeepSpeed leaves out the update at ZeRO-1 and 2 in float32. At ZeRO-3 it has the norm
+    in float64, which is finite. In bfloat16 it asks only if `bf16.check_grad_overflow` is set, for three more passes
+    over all gradients; else it divides by an infinite norm and destroys the masters.
     """
-    ordinary = getattr(optimizer, "scaled_global_norm", None)
-    if ordinary is None or "scaled_global_norm" in vars(optimizer):
-        return
+    for name in ("scaled_global_norm", "_get_norm_groups"):  # of ZeRO-1 and 2, of ZeRO-3
+        ordinary = getattr(optimizer, name, None)
+        if ordinary is not None and name not in vars(optimizer):
+            setattr(optimizer, name, partial(_watched_norm, optimizer, ordinary))
 
-    def scaled_global_norm(*args: Any, **kwargs: Any) -> Any:
-        norm = ordinary(*args, **kwargs)
-        if is_invalid_grad_norm(norm):
-            optimizer.overflow = True
-        return norm
 
-    optimizer.scaled_global_norm = scaled_global_norm
+def _watched_norm(optimizer: Any, ordinary: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `ordinary` gives, a norm or those of groups, equal on all ranks."""
+    norms = ordinary(*args, **kwargs)
+    norm = float(combine_grad_norm_groups(norms if isinstance(norms, list) else [norms]))  # infinite for invalid ones
+    if norm > MAX_GRADIENT_NORM:
+        optimizer.overflow = True
+    return norms
 
 
 @contextmanager

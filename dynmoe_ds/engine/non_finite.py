@@ -37,7 +37,7 @@ _PLACES: dict[Kind, str] = {
     "records": "the records of {}",
     "loss": "the loss",
     "gradient": "the gradient of {}",
-    "norm": "the norm of all gradients, each of which is finite on its own rank: they are too large for float32",
+    "norm": "the norm of all gradients, each of which is finite on its own rank: its square does not fit into float32",
 }
 _SEVERAL: dict[Kind, str] = {
     "input": "the input of {}",
@@ -157,7 +157,7 @@ class NonFiniteWatch:
             self._note("gradient", name, grad)
 
     def _note(self, kind: Kind, name: str, value: Tensor) -> None:
-        extremes = _extremes(value)
+        extremes = least_and_greatest(value)
         if extremes:
             self._labels.append((kind, name))
             self._extremes += extremes
@@ -186,7 +186,7 @@ def bad_weights(model: nn.Module) -> list[str]:
     for name, param in model.named_parameters():
         # At ZeRO-3 a parameter is empty between passes, and this rank's part of it is elsewhere.
         for held in (param.data, getattr(param, "ds_tensor", None)):
-            if held is not None and (pair := _extremes(held.data)):
+            if held is not None and (pair := least_and_greatest(held.data)):
                 names.append(name)
                 extremes += pair
     if not extremes:
@@ -254,7 +254,7 @@ def _is_same(finding: Finding, origin: Finding) -> bool:
     return (finding.kind, finding.name, finding.micro_step) == (origin.kind, origin.name, origin.micro_step)
 
 
-def _extremes(value: Tensor) -> list[Tensor]:
+def least_and_greatest(value: Tensor) -> list[Tensor]:
     """The least and the greatest value, 0-d, without waiting for the device; nothing of no values."""
     value = value.detach()
     if value.is_sparse:
