@@ -21,7 +21,10 @@ MAX_GRADIENT_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
 def drop_gradients(deepspeed_engine: Any) -> None:
-    """Forget all gradients since the last update, also those that ZeRO keeps; weights and moments stay as they are."""
+    """Forget all gradients since the last update, also those that ZeRO keeps; weights and moments stay as they are.
+
+    What ZeRO keeps would be overwritten by the next backward pass, but take memory until then.
+    """
     optimizer, stage = deepspeed_engine.optimizer, deepspeed_engine.zero_optimization_stage()
     if stage == 3:
         optimizer._pre_step()
