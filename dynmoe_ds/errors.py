@@ -37,6 +37,10 @@ class DivergenceError(DynMoEError):
     """Ranks that disagree on something that must be equal everywhere. Raised on every rank."""
 
 
+class NonFiniteError(DynMoEError):
+    """NaN or infinity in what a training step computed. Raised on every rank, with nothing updated."""
+
+
 class CheckpointError(DynMoEError):
     """A checkpoint that cannot be written or read."""
 

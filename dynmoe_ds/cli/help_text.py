@@ -9,7 +9,8 @@ from dynmoe_ds.config.groups import config_groups
 LINE_LENGTH = 100
 
 EXIT_CODES = """exit codes:
-  0  done      1  failed      2  a fault in the command, the configuration or the data      130  interrupted
+  0  done      1  failed      130  interrupted
+  2  a fault in the command, the configuration or the data, or NaN in the training
   85  stopped by SIGUSR1 after writing a checkpoint: the same command goes on
 """
 

@@ -182,7 +182,9 @@ class TrainingConfig:
     """The loop. One step is one optimiser step; `micro_batch_size` is sequences per rank and micro step.
 
     eval_sequences: how many held-out examples are evaluated on; None for all. save_model: whether the trained model
-    goes into the run folder, as `model/`, for `dynmoe_ds.load_model`.
+    goes into the run folder, as `model/`, for `dynmoe_ds.load_model`. on_non_finite: what happens when NaN or infinity
+    comes up on any rank: `stop` ends the run, `skip_step` leaves out that step's update, `roll_back` goes back to the
+    latest checkpoint first, and leaves the update out only if the fault comes up again.
     """
 
     steps: int
@@ -194,6 +196,7 @@ class TrainingConfig:
     sample_prompt: str
     sample_tokens: int
     save_model: bool = True
+    on_non_finite: Literal["stop", "skip_step", "roll_back"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

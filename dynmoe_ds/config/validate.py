@@ -331,6 +331,14 @@ def _training(training: TrainingConfig) -> Iterator[str]:
         )
 
 
+def _roll_back(training: TrainingConfig, checkpoint: CheckpointConfig) -> Iterator[str]:
+    if training.on_non_finite == "roll_back" and checkpoint.every_steps is None:
+        yield (
+            "training.on_non_finite is roll_back but checkpoint.every_steps is null, so that there is nothing to go "
+            "back to. Set checkpoint.every_steps, or use training.on_non_finite=skip_step."
+        )
+
+
 def _warmup(optim: OptimConfig, training: TrainingConfig) -> Iterator[str]:
     if optim.warmup_steps >= training.steps >= 1:
         yield (
@@ -366,6 +374,6 @@ def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
 
 _CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     _seed, _run_dir, _checkpoint, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files,
-    _optim, _training, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
+    _optim, _training, _roll_back, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
 )  # fmt: skip
 _CHECKS_OF_FILES = (_run_dir, _data_files)

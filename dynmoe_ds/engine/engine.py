@@ -33,10 +33,18 @@ from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.construction import Construction
+from dynmoe_ds.engine.left_out import drop_gradients, leave_out_update
 from dynmoe_ds.engine.masters import EngineMasters
-from dynmoe_ds.engine.snapshot import restore, take_snapshot
+from dynmoe_ds.engine.non_finite import (
+    MAX_LEFT_OUT_IN_A_ROW,
+    NonFinite,
+    NonFiniteWatch,
+    OnNonFinite,
+    norm_is_not_finite,
+)
+from dynmoe_ds.engine.snapshot import COUNTERS, restore, take_snapshot
 from dynmoe_ds.engine.untaken_records import UntakenRecords
-from dynmoe_ds.errors import CheckpointError, PlacementError, RoutingError
+from dynmoe_ds.errors import CheckpointError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
     MoELayer,
     PaddingMask,
@@ -78,6 +86,7 @@ class Engine:
         padding: PaddingMask,
         gradient_clipping: float,
         token_kinds: tuple[str, ...] = (),
+        on_non_finite: OnNonFinite = "stop",
     ) -> None:
         self._construction = construction
         self._deepspeed = construction.build()
@@ -89,6 +98,7 @@ class Engine:
         self._padding = padding
         self._clipping = gradient_clipping
         self.token_kinds = token_kinds
+        self.on_non_finite = on_non_finite
         self._sampler = TokenSampler(-(-TOKENS_PER_SAMPLE // dist.get_world_size()))
         self._ledger = StepLedger()
         self._step_records: dict[str, RoutingRecords] = {}
@@ -102,6 +112,10 @@ class Engine:
         self._writer: CheckpointWriter | None = None
         self._host_group: dist.ProcessGroup | None = None
         self.last_aux_loss: Tensor = torch.zeros(())
+        self._watch = NonFiniteWatch()
+        self._watch.attach(self._deepspeed)
+        self._first_counters: dict[str, int] = {}
+        self._num_left_out_in_a_row = 0
 
     def __call__(self, *args: Any, token_kinds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's forward pass. In training mode its layers' losses and records are kept for `backward`, `step`.
@@ -129,7 +143,9 @@ class Engine:
         aux_loss = ledger.aux_loss().to(loss.device)
         self.last_aux_loss = aux_loss.detach()
         total = loss + aux_loss
-        self._deepspeed.backward(total)
+        self._first_counters = self._first_counters or self._counters()
+        with self._watch.backward(loss):
+            self._deepspeed.backward(total)
         self._padding.backward_done()
         self._step_records = add_records(self._step_records, ledger.records())
         return total.detach()
@@ -137,30 +153,31 @@ class Engine:
     def step(self) -> None:
         """Optimiser step at the end of gradient accumulation, followed by an adaptation when one is due.
 
-        Collective: every rank. Raises: RoutingError if a forward pass was not followed by `engine.backward`.
+        An update is made only from finite numbers. Otherwise `on_non_finite` decides: `stop` raises; `skip_step` leaves
+        the update out, and the step's records with it, and counts the step in `global_steps` and `skipped_steps`.
+
+        Collective: every rank. Raises: RoutingError if a forward pass was not followed by `engine.backward`;
+        NonFiniteError on every rank, with the engine as it was before the step's first forward pass, random number
+        generators excepted.
         """
         if self._ledger.records():
             raise RoutingError(
                 "engine.step() after a forward pass in training mode without engine.backward(loss): the auxiliary "
                 "losses are missing from the gradients. Call engine.backward(loss), not loss.backward()."
             )
-        is_boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        if is_boundary and self.zero_stage == 0:
-            self._gradient_norm = float(clip_gradients(self.module, self._layers.values(), self._clipping))
-        self._deepspeed.step()
-        if not is_boundary:
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()
             return
-        if self.zero_stage > 0:
-            norm = self._deepspeed.get_global_grad_norm()
-            self._gradient_norm = None if norm is None else float(norm)
+        found = self._update()
         records, self._step_records = self._step_records, {}
-        self._last_records, self._last_placements = records, self.placements()
-        self._untaken.add(records)
-        self._update_routers(records)
-        if self._window is not None:
-            self._window.add(self.global_steps, records)
-            if self._window.is_due(self.global_steps):
-                self._adapt()
+        if found is None:
+            self._num_left_out_in_a_row = 0
+            self._take_in(records)
+        else:
+            self._leave_out(found)
+        self._first_counters = {}
+        if self._window is not None and self._window.is_due(self.global_steps):
+            self._adapt()
 
     def apply_plan(self, plan: Plan) -> Plan:
         """Carry out a plan of one's own between `step()` and the next forward; the plan with the parents chosen.
@@ -304,7 +321,7 @@ class Engine:
         return {name: layer.placement for name, layer in self._layers.items()}
 
     def gradient_norm(self) -> float | None:
-        """Global 2-norm of the last step's gradients before clipping; None before the first step."""
+        """Global 2-norm of the last step's gradients before clipping; None before the first, or if it was left out."""
         return self._gradient_norm
 
     def set_lr(self, lr: float) -> None:
@@ -333,6 +350,7 @@ class Engine:
         self._deepspeed = self._construction.build()
         self._deepspeed.train(is_training)
         self.masters = EngineMasters(self._deepspeed)
+        self._watch.attach(self._deepspeed)
 
     def set_counters(self, counters: Mapping[str, int]) -> None:
         """Set DeepSpeed's counters of steps and samples, by name."""
@@ -456,10 +474,11 @@ class Engine:
         """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
         num_kinds, step = len(self.token_kinds), self.global_steps + 1
         if self._window is None or self._controller is None or not self._controller.may_grow(self._window.end(step)):
-            return StepLedger(num_kinds=num_kinds)
+            return StepLedger(num_kinds=num_kinds, watch=self._watch.note_layer)
         rule = self._controller.rule
         return StepLedger(
             num_kinds=num_kinds,
+            watch=self._watch.note_layer,
             with_strain=rule.needs_strain and self._window.covers(step),
             sampler=self._sampler if rule.needs_sample and self._window.is_due(step) else None,
         )
@@ -476,6 +495,70 @@ class Engine:
         if not isinstance(token_kinds, Tensor) or token_kinds.dtype != torch.int64:
             found = token_kinds.dtype if isinstance(token_kinds, Tensor) else type(token_kinds).__name__
             raise RoutingError(f"token_kinds is {found} but must be an int64 tensor with one kind per token.")
+
+    def _update(self) -> NonFinite | None:
+        """Update the weights, or say what is not finite: then only DeepSpeed's gradients may be gone.
+
+        Collective: every rank.
+        """
+        norm = None
+        if self.zero_stage == 0:
+            norm = clip_gradients(self.module, self._layers.values(), self._clipping)
+        step, counters = self.global_steps + 1, self._counters()
+        found = self._watch.take(step, self.module, self._step_records, norm)
+        if found is not None:
+            return found
+        self._deepspeed.step()
+        if not self._deepspeed.was_step_applied():
+            # From ZeRO-1 on DeepSpeed reduces the gradients, and leaves out an update whose norm is not finite.
+            self.set_counters(counters)
+            return norm_is_not_finite(step)
+        if norm is None:
+            norm = self._deepspeed.get_global_grad_norm()
+        self._gradient_norm = None if norm is None else float(norm)
+        return None
+
+    def _take_in(self, records: dict[str, RoutingRecords]) -> None:
+        """Keep the records of a step, and let the routers' controllers learn from them. Collective: every rank."""
+        self._last_records, self._last_placements = records, self.placements()
+        self._untaken.add(records)
+        self._update_routers(records)
+        if self._window is not None:
+            self._window.add(self.global_steps, records)
+
+    def _leave_out(self, found: NonFinite) -> None:
+        """End a step without its update, or the training. Raises: NonFiniteError as `step`. Collective: every rank."""
+        self._sampler.clear()  # it holds tokens of this step only
+        advice = self._stop_advice(found)
+        if advice is not None:
+            drop_gradients(self._deepspeed)
+            self.set_counters(self._first_counters)
+            self._first_counters = {}
+            raise NonFiniteError(f"{found.text} Nothing was updated. {advice}")
+        leave_out_update(self._deepspeed)
+        self._gradient_norm = None
+        self._num_left_out_in_a_row += 1
+        if dist.get_rank() == 0:
+            _log.warning("%s The update is left out, as %d before.", found.text, self.skipped_steps - 1)
+
+    def _stop_advice(self, found: NonFinite) -> str | None:
+        """Why the training must stop now, and what to do; None if the update can be left out."""
+        if found.bad_weights:
+            return "Weights do not become finite again: go back to a checkpoint."
+        if self.on_non_finite == "stop":
+            return (
+                "Look at that rank's batch, that layer and the learning rate; with on_non_finite skip_step the updates "
+                "of such steps are left out."
+            )
+        if self._num_left_out_in_a_row >= MAX_LEFT_OUT_IN_A_ROW:
+            return (
+                f"The updates of the {MAX_LEFT_OUT_IN_A_ROW} steps before were left out already. Go back to a "
+                "checkpoint, and look at the data and the learning rate."
+            )
+        return None
+
+    def _counters(self) -> dict[str, int]:
+        return {name: getattr(self._deepspeed, name) for name in COUNTERS}
 
     def _adapt(self) -> None:
         """Decide on the window's records of all ranks, compare, operate, note. Collective: every rank."""

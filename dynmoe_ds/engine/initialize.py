@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +18,7 @@ from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.engine import Engine
+from dynmoe_ds.engine.non_finite import OnNonFinite
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer, PaddingMask
 
@@ -34,6 +35,7 @@ def initialize(
     lr_scheduler: Any = None,
     timeout_s: float = 600.0,
     token_kinds: Sequence[str] = (),
+    on_non_finite: OnNonFinite = "stop",
 ) -> Engine:
     """An engine that trains `model` under DeepSpeed, with experts that grow and are pruned if `adaptation` is given.
 
@@ -41,7 +43,8 @@ def initialize(
     file; ZeRO 0 to 3, float32 or bf16. model_parameters: parameters or optimiser groups, by default all that require a
     gradient. optimizer, lr_scheduler: as in `deepspeed.initialize`. timeout_s: how long a rank waits for another one,
     where torch.distributed is not initialised yet. token_kinds: names of the kinds of tokens that a batch may tell
-    apart; `engine(..., token_kinds=tensor)` counts tokens and experts of each.
+    apart; `engine(..., token_kinds=tensor)` counts tokens and experts of each. on_non_finite: what `engine.step` does
+    about NaN or infinity on any rank: `stop` raises NonFiniteError on all, `skip_step` leaves that update out.
 
     Differs from DeepSpeed: gradients are not clipped unless `gradient_clipping` says so (DeepSpeed clips to 1.0), and
     on a CPU Adam is torch's, which needs no compiler.
@@ -57,12 +60,17 @@ def initialize(
     try:
         settings = _read_config(config)
         groups = _param_groups(model, model_parameters)
-        if faults := [*_faults(settings, layers, adaptation), *_kind_faults(token_kinds)]:
+        if faults := [
+            *_faults(settings, layers, adaptation),
+            *_kind_faults(token_kinds),
+            *_policy_faults(on_non_finite),
+        ]:
             error = ConfigError(faults)
     except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
     raise_together(error)
     fingerprint = _fingerprint(settings, model, layers, adaptation, token_kinds)
+    fingerprint["on_non_finite"] = on_non_finite
     assert_same_on_all_ranks("the configuration of the run", fingerprint)
 
     stage = _stage(settings)
@@ -76,7 +84,7 @@ def initialize(
     _share_seeds(layers)
     construction = Construction(model, layers, settings, groups, optimizer, lr_scheduler)
     padding = _watch_padding(model, layers)
-    return Engine(construction, layers, adaptation, padding, clipping, tuple(token_kinds))
+    return Engine(construction, layers, adaptation, padding, clipping, tuple(token_kinds), on_non_finite)
 
 
 def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -165,6 +173,11 @@ def _kind_faults(token_kinds: Sequence[str]) -> list[str]:
     if not found and len(set(token_kinds)) < len(token_kinds):
         found.append(f"token_kinds is {list(token_kinds)} but every name must be there once.")
     return found
+
+
+def _policy_faults(on_non_finite: str) -> list[str]:
+    policies = get_args(OnNonFinite)
+    return [] if on_non_finite in policies else [f"on_non_finite is {on_non_finite!r}. Use {' or '.join(policies)}."]
 
 
 def _fingerprint(

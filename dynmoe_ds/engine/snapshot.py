@@ -47,7 +47,8 @@ class Restorable(Protocol):
         """What is the rank's own."""
 
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""DeepSpeed's counters of steps and samples."""
 _BYTES_AT_ONCE = 2**30
 
 
@@ -59,7 +60,7 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
     masters, layers = engine.masters, engine.layers
     experts = _experts(engine)
     state = {
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
         "optimizer_steps": _optimizer_steps(engine),
         "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
         "scheduler": copy.deepcopy(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,

@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
                 y = y + (routing.passed_through[:, None] * hidden).to(y.dtype)
         y = y.to(x.dtype).view(x.shape)
         if ledger is not None:
-            ledger.watch(self, routing, y)
+            ledger.add_output(self, routing, y)
         return y
 
     def renew_pool(self, placement: Placement) -> None:

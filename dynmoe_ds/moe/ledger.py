@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from dynmoe_ds.routing.token_kinds import count_kinds
 if TYPE_CHECKING:
     from dynmoe_ds.moe.layer import MoELayer
     from dynmoe_ds.moe.token_sampler import TokenSampler
+
+LayerWatch: TypeAlias = Callable[["MoELayer", Literal["input", "aux_loss", "output"], Tensor], None]
+"""What a `StepLedger` calls with the values that a layer meets and makes."""
 
 STRAIN = "strain"
 """The name of the strain among the statistics of `RoutingRecords`."""
@@ -44,6 +48,9 @@ class StepLedger:
     many kinds of tokens there are; above 0 the records count tokens and experts per kind (`mean_k_per_kind`).
     token_kinds: the kind of each token, int64 of the tokens' shape [B, L], from 0 to num_kinds - 1, negative for none;
     the labels of a forward pass by itself (`labelled`, an engine) come first.
+
+    watch: called with (layer, `input`, hidden [T, D]), (layer, `aux_loss`, its scalar) where there is one, and (layer,
+    `output`, y), in this order and without gradients, for every routing that is recorded. Padding is 0 in all of them.
     """
 
     def __init__(
@@ -54,10 +61,12 @@ class StepLedger:
         evaluation: bool = False,
         token_kinds: Tensor | None = None,
         num_kinds: int = 0,
+        watch: LayerWatch | None = None,
     ) -> None:
         self._with_strain, self._sampler = with_strain, sampler
         self.evaluation = evaluation
         self._token_kinds, self._num_kinds = token_kinds, num_kinds
+        self._watch = watch
         self._strain: dict[MoELayer, Tensor] = {}
         self._losses: list[Tensor] = []
         self._records: dict[MoELayer, RoutingRecords] = {}
@@ -90,10 +99,14 @@ class StepLedger:
 
         shape: that of the tokens before they were flattened to [T].
         """
+        if self._watch is not None:
+            self._watch(layer, "input", hidden.detach())
         weights = layer.router.aux_loss_weights()
         terms = [weights[name] * value for name, value in routing.aux_losses.items()]
         if terms and layer.training:
             self._losses.append(torch.stack(terms).sum())
+            if self._watch is not None:
+                self._watch(layer, "aux_loss", self._losses[-1].detach())
         labels = current_labels()
         if labels.is_counted is not None:
             routing, real = counted_part(routing, real, labels.is_counted)
@@ -106,8 +119,10 @@ class StepLedger:
         if self._sampler is not None:
             self._sampler.add(layer, hidden, routing.mask, real)
 
-    def watch(self, layer: MoELayer, routing: Routing, y: Tensor) -> None:
-        """Note the strain of a routing of `layer` when the gradient of its output y [..., D] is there."""
+    def add_output(self, layer: MoELayer, routing: Routing, y: Tensor) -> None:
+        """Note the output y [..., D] of a routing of `layer`, and the routing's strain when y's gradient is there."""
+        if self._watch is not None:
+            self._watch(layer, "output", y.detach())
         if not self._with_strain:
             return
         weights = routing.weights.detach()

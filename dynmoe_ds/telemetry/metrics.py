@@ -29,6 +29,7 @@ METRICS: dict[str, str] = {
     "train/tokens_per_second": "Training tokens of all ranks per second of wall-clock time.",
     "train/tokens_seen": "Training tokens of all ranks since step 0.",
     "train/step_time_s": "Wall-clock seconds per optimiser step.",
+    "train/skipped_steps": "Steps since step 0 whose update was left out for NaN or infinity.",
     "eval/loss": "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error.",
     "eval/accuracy": "Share (0 to 1) of held-out examples whose class is the model's first answer.",
     "eval/f1": "Harmonic mean of precision and recall of class 1 on the held-out examples, 0 to 1.",

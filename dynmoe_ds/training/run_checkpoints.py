@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from dynmoe_ds.checkpoint.store import list_checkpoints, remove_old
@@ -55,6 +56,12 @@ class RunCheckpoints:
         if dist.get_rank() == 0:
             logger.info("Going on from %s.", path)
         return self._engine.global_steps
+
+    def are_there(self) -> bool:
+        """Whether there is a checkpoint. Collective: every rank, so that all see the same."""
+        present = torch.tensor(float(bool(list_checkpoints(self.folder))), device=self._engine.device)
+        dist.all_reduce(present, op=dist.ReduceOp.MIN)
+        return bool(present)
 
     def is_due(self, done: int) -> bool:
         """Whether a checkpoint follows optimiser step `done`."""

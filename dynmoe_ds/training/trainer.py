@@ -21,7 +21,7 @@ from dynmoe_ds.data import TrainingOrder
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
-from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.errors import ConfigError, NonFiniteError
 from dynmoe_ds.export import save_model
 from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
@@ -35,6 +35,9 @@ from dynmoe_ds.training.tasks import build_task
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
+
+MAX_ROLL_BACKS = 3
+"""Roll-backs of one process: what comes up more often is no accident, and each may cost `checkpoint.every_steps`."""
 
 
 class Trainer:
@@ -74,9 +77,11 @@ class Trainer:
             model_parameters=parameter_groups(model, config.optim.weight_decay),
             timeout_s=timeout_s,
             token_kinds=self.task.token_kinds,
+            on_non_finite="skip_step" if config.training.on_non_finite == "skip_step" else "stop",
         )
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
+        self._rolled_back: list[int] = []
         self.run_log.rewind(self.first_step)
         self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)
@@ -87,7 +92,8 @@ class Trainer:
 
         A step is logged every `log_every_steps` steps, whenever it is evaluated or saved, and at the end. A run that is
         resumed begins after the step of its latest checkpoint.
-        Collective: every rank. Raises: KeyboardInterrupt, after an orderly end; Preempted when it was asked to stop.
+        Collective: every rank. Raises: KeyboardInterrupt, after an orderly end; Preempted when it was asked to stop;
+        NonFiniteError where `training.on_non_finite` says so, or cannot help any more.
         """
         steps, training = self.config.training.steps, self.config.training
         if (finished := finished_steps(self.run_dir)) is not None and finished >= steps:
@@ -100,9 +106,17 @@ class Trainer:
         self.interval = _Interval.starting_now(self.engine.device)
         done = self.first_step
         try:
-            for step in range(self.first_step, steps):
-                self._train_step(step)
-                done = step + 1
+            if training.on_non_finite == "roll_back" and not self.checkpoints.are_there():
+                self.checkpoints.save()  # there must be somewhere to go back to
+            while done < steps:
+                try:
+                    self._train_step(done)
+                except NonFiniteError as error:
+                    if training.on_non_finite != "roll_back":
+                        raise
+                    done = self._roll_back(done, error)
+                    continue
+                done += 1
                 is_eval = done % training.eval_every_steps == 0 or done == steps
                 is_stopping = self._is_any_rank_stopping() and done < steps
                 is_saved = self.checkpoints.is_due(done) and not is_stopping
@@ -147,8 +161,15 @@ class Trainer:
         return bool(asked)
 
     def _train_step(self, step: int) -> None:
-        """One optimiser step at the step's learning rate: every micro-batch forward and backward, then the update."""
+        """One optimiser step at the step's learning rate: every micro-batch forward and backward, then the update.
+
+        Raises: NonFiniteError on every rank, with nothing updated.
+        """
+        if step in self._rolled_back:
+            self.engine.on_non_finite = "skip_step"
         self.engine.set_lr(self._learning_rate(step))
+        num_left_out = self.engine.skipped_steps
+        losses = torch.zeros(2, device=self.engine.device)
         for micro_step in range(self.config.training.gradient_accumulation_steps):
             indices = self.training_order.indices(step, micro_step)
             epochs = self.training_order.epochs(step, micro_step)
@@ -156,7 +177,34 @@ class Trainer:
             loss = self.engine(**batch).loss
             self.engine.backward(loss)
             self.engine.step()  # updates the weights after the last micro-batch
-            self.interval.add(loss, self.engine.last_aux_loss)
+            losses += torch.stack([loss.detach().float(), self.engine.last_aux_loss.float()])
+        is_left_out = self.engine.skipped_steps > num_left_out
+        self.interval.add(None if is_left_out else losses / self.config.training.gradient_accumulation_steps)
+        if self.config.training.on_non_finite == "roll_back":
+            self.engine.on_non_finite = "stop"
+
+    def _roll_back(self, step: int, error: NonFiniteError) -> int:
+        """Go back to the latest checkpoint after `step`, from 0, was not finite; the steps that are done then.
+
+        What is replayed is the same bit for bit. If the step is not finite again, its update is left out: the fault is
+        in its data. If it is, the fault was the machine's, and the step is taken.
+        Collective: every rank. Raises: `error` after MAX_ROLL_BACKS; CheckpointError if there is nothing to go back to.
+        """
+        if len(self._rolled_back) >= MAX_ROLL_BACKS:
+            raise NonFiniteError(f"{error} The run was rolled back {MAX_ROLL_BACKS} times already.") from error
+        self._rolled_back.append(step)
+        self.engine.on_non_finite = "stop"
+        self.checkpoints.settle()
+        path, _ = self.engine.load_checkpoint(self.checkpoints.folder)
+        done = self.engine.global_steps
+        self.run_log.rewind(done)
+        self.placements = self.engine.placements()
+        self.interval = _Interval.starting_now(self.engine.device)
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s Going back to %s, roll-back %d of %d.", error, path, len(self._rolled_back), MAX_ROLL_BACKS
+            )
+        return done
 
     def _follow_experts(self, is_log: bool) -> None:
         """Record adaptations and the experts' loads."""
@@ -180,20 +228,22 @@ class Trainer:
         self.interval = _Interval.starting_now(self.engine.device)
 
     def _training_metrics(self, done: int) -> list[Metric]:
-        loss, aux_loss = self.interval.mean_losses()  # waits for the device, so the clock is read after it
+        losses = self.interval.mean_losses()  # waits for the device, so the clock is read after it
         elapsed_s = time.perf_counter() - self.interval.started_s
         training = self.config.training
-        num_steps = self.interval.num_micro_steps / training.gradient_accumulation_steps
+        num_steps = self.interval.num_steps
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         tokens_per_step = sequences_per_step * self.task.tokens_per_example
+        names = ("train/loss", "train/aux_loss")
         metrics = [
-            Metric(name="train/loss", value=loss, reduction="mean"),
-            Metric(name="train/aux_loss", value=aux_loss, reduction="mean"),
+            *(Metric(name=name, value=value, reduction="mean") for name, value in zip(names, losses, strict=False)),
             Metric(name="train/learning_rate", value=self._learning_rate(done - 1), reduction="last"),
             Metric(name="train/tokens_per_second", value=num_steps * tokens_per_step / elapsed_s, reduction="sum"),
             Metric(name="train/tokens_seen", value=done * tokens_per_step, reduction="sum"),
             Metric(name="train/step_time_s", value=elapsed_s / num_steps, reduction="max"),
         ]
+        if training.on_non_finite != "stop":
+            metrics.append(Metric(name="train/skipped_steps", value=self.engine.skipped_steps, reduction="last"))
         norm = self.engine.gradient_norm()
         return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
 
@@ -272,23 +322,28 @@ def _training_order(config: RunConfig, num_examples: int) -> TrainingOrder:
 
 @dataclass(kw_only=True, slots=True)
 class _Interval:
-    """The steps since the last log. losses [2]: sums over micro-batches of the loss and the auxiliary loss."""
+    """The steps since the last log. losses [2]: sums over updates of the loss and the auxiliary loss.
+
+    num_steps: all of them; num_updates: those whose update was not left out.
+    """
 
     started_s: float
     losses: Tensor
-    num_micro_steps: int = 0
+    num_steps: int = 0
+    num_updates: int = 0
     loads: ExpertLoads = field(default_factory=ExpertLoads)
 
     @classmethod
     def starting_now(cls, device: torch.device) -> _Interval:
         return cls(started_s=time.perf_counter(), losses=torch.zeros(2, device=device))
 
-    def add(self, loss: Tensor, aux_loss: Tensor) -> None:
-        """Count one micro-batch, without waiting for the device."""
-        self.losses += torch.stack([loss.detach().float(), aux_loss.detach().float()])
-        self.num_micro_steps += 1
+    def add(self, losses: Tensor | None) -> None:
+        """Count one step without waiting for the device; None for the losses [2] of one that was left out."""
+        self.num_steps += 1
+        if losses is not None:
+            self.num_updates += 1
+            self.losses += losses
 
-    def mean_losses(self) -> tuple[float, float]:
-        """The mean loss and auxiliary loss per micro-batch."""
-        loss, aux_loss = (self.losses / max(self.num_micro_steps, 1)).tolist()
-        return loss, aux_loss
+    def mean_losses(self) -> list[float]:
+        """The mean loss and auxiliary loss per update; empty if none was made."""
+        return (self.losses / self.num_updates).tolist() if self.num_updates else []
