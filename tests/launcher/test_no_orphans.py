@@ -148,6 +148,15 @@ def test_nothing_outlives_a_launcher_that_is_killed(
 
 
 @pytest.mark.launcher
+def test_ctrl_c_brings_no_checkpoint(start: Callable[..., Job]) -> None:
+    job = start("parallel=single")
+    job.process.send_signal(signal.SIGINT)
+    code, said, _ = job.end()
+    assert code == 130 and "Traceback" not in said, said
+    assert job.latest() is None
+
+
+@pytest.mark.launcher
 def test_nothing_outlives_deepspeeds_own_command(start: Callable[..., Job]) -> None:
     """SIGUSR1 kills it, since nobody has told it to ignore that; its ranks write a checkpoint all the same."""
     job = start("parallel=single", front=False)
