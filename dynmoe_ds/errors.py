@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_PREEMPTED = 85
+"""Exit code of a run that was asked to stop and has written a checkpoint: start me again. Shells and launchers do not
+use the number."""
+
 
 class DynMoEError(Exception):
     """Base of every error that this package raises for a user's fault."""

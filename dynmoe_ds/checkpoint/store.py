@@ -192,9 +192,11 @@ def _together(action: Any, path: Path, group: dist.ProcessGroup | None) -> None:
         error.__cause__ = e
     try:
         raise_together(error, group)
-    except Exception:
+    except Exception as e:
         if dist.get_rank() == 0:
             shutil.rmtree(aside_of(path), ignore_errors=True)
+        if error is not None and e is not error:
+            raise e from error  # a rank is gone or hangs: the first error says which of the two
         raise
 
 

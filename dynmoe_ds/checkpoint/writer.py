@@ -8,6 +8,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dynmoe_ds.checkpoint.store import Snapshot, checkpoint_name, write_checkpoint
+from dynmoe_ds.distributed import group_timeout
+
+SAVE_PATIENCE = 3
+"""Ranks wait for each other's disks this many times as long as in other collectives. A disk that stalls would else end
+a run whose ranks are all well; a rank that hangs is found by the training beside a save that goes on in the background.
+"""
 
 
 class CheckpointWriter:
@@ -17,7 +23,7 @@ class CheckpointWriter:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_PATIENCE * group_timeout())
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[Path] | None = None
 

@@ -8,15 +8,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
+from dynmoe_ds.cli.launcher_watch import CHECKPOINT_GRACE_S, EXIT_NOTE_VARIABLE, FRONT_PID_VARIABLE
 from dynmoe_ds.config.load import RUN_DIR_VARIABLE
-from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.errors import EXIT_PREEMPTED, ConfigError
+
+# A launcher that ends in order ends after its ranks; what they started may take a moment longer.
+_LAUNCHER_LEAD_S = 2.0
+
+_SAME_SIGNAL_S = 1.0
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -77,45 +85,71 @@ def _free_port() -> int:
     return port
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str], *, grace_s: float = 15.0) -> int:
+def supervise(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    grace_s: float = 15.0,
+    checkpoint_grace_s: float = CHECKPOINT_GRACE_S,
+) -> int:
     """Run a command in a process group of its own until the whole group is gone, and return its exit code.
 
-    Ctrl-C, SIGTERM and a closed terminal stop the group: the same signal, `grace_s` later SIGTERM, then SIGKILL;
-    a second Ctrl-C brings SIGKILL at once. The code is then 128 + the signal. SIGUSR1 is passed on to the group. A
-    launcher that was killed reports success and leaves its ranks behind: these are stopped, and the code is 1.
+    SIGUSR1 is passed on to the group, whose ranks write a checkpoint and end with code 85. SIGTERM and a closed
+    terminal do the same, with SIGKILL after `checkpoint_grace_s`; the code is 128 + the signal if there was no
+    checkpoint. Ctrl-C stops the group without one: SIGINT, `grace_s` later SIGTERM, then SIGKILL; the code is 130. A
+    second signal brings SIGKILL at once. A launcher that was killed reports success and leaves its ranks behind: these
+    are ended as by SIGTERM, and the code is 85 or 1.
     """
     received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
+    handled = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     # A terminal that closes under `nohup` must go on being ignored.
-    handled = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in handled}
+    handled = {number for number in handled if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, _noting(received)) for number in handled}
     try:
-        child = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_ignore_signals,
-        )
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: _pass_on(child.pid, number))
-        while child.poll() is None and not received:
-            time.sleep(0.05)
-        if received:
-            _stop_group(child.pid, received, grace_s)
+        with tempfile.TemporaryDirectory(prefix="dynmoe-") as folder:
+            note = Path(folder) / "exit_code"
+            own = {FRONT_PID_VARIABLE: f"{os.getpid()}", EXIT_NOTE_VARIABLE: f"{note}"}
+            child = subprocess.Popen(
+                command,
+                env={**environment, **own},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_ignore_signals,
+            )
+            before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: _pass_on(child.pid, number))
+            while child.poll() is None and not received:
+                time.sleep(0.05)
+            if received and received[0] == signal.SIGINT:
+                _stop_group(child.pid, received, grace_s)
+                child.wait()
+                _say("interrupted")
+                return 128 + signal.SIGINT
+            left_behind = not received and not _wait_for_end(child.pid, received, _LAUNCHER_LEAD_S)
+            if received or left_behind:
+                _end_with_checkpoint(child.pid, received, checkpoint_grace_s)
             child.wait()
-            number = received[0]
-            print("interrupted" if number == signal.SIGINT else signal.Signals(number).name, file=sys.stderr)
-            return 128 + number
-        left_behind = not _wait_for_end(child.pid, received, grace_s)
-        if left_behind:
-            _stop_group(child.pid, [*received, signal.SIGTERM], grace_s)
-        return _exit_code(child.returncode, left_behind=left_behind)
+            noted = note.read_text() if note.exists() else ""
+            return _exit_code(child.returncode, noted, received, left_behind=left_behind)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _noting(received: list[int]) -> Callable[[int, FrameType | None], None]:
+    """A handler that appends a signal to `received`, and one that comes twice in a moment only once.
+
+    `timeout` and Slurm may send SIGTERM to a process and to a group that it is in.
+    """
+    last_s = -_SAME_SIGNAL_S
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal last_s
+        is_again = bool(received) and number == received[-1] and number != signal.SIGINT
+        if not is_again or time.monotonic() - last_s > _SAME_SIGNAL_S:
+            last_s = time.monotonic()
+            received.append(number)
+
+    return note
 
 
 def _ignore_signals() -> None:
@@ -133,10 +167,25 @@ def _pass_on(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
+def _end_with_checkpoint(group: int, received: list[int], grace_s: float) -> None:
+    """Ask the ranks of a process group for a checkpoint and an end; SIGKILL after `grace_s` or at a further signal.
+
+    Asked with SIGUSR1: SIGTERM would end DeepSpeed's front process, and its second one stops rank after rank. Asked
+    every second: a rank that is still starting ignores it.
+    """
+    num_received, end = len(received), time.monotonic() + grace_s
+    while time.monotonic() < end and len(received) == num_received:
+        _pass_on(group, signal.SIGUSR1)
+        if _wait_for_end(group, received, min(1.0, grace_s)):
+            return
+    _pass_on(group, signal.SIGKILL)
+    _wait_for_end(group, received, grace_s)
+
+
 def _stop_group(group: int, received: list[int], grace_s: float) -> None:
-    """Stop a process group with the first signal received, then SIGTERM, then SIGKILL; another one skips to that."""
+    """Stop a process group with SIGINT, then SIGTERM, then SIGKILL; a further signal skips to that."""
     num_received = len(received)
-    for step in dict.fromkeys((received[0], signal.SIGTERM, signal.SIGKILL)):
+    for step in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if len(received) > num_received and step != signal.SIGKILL:
             continue
         try:
@@ -168,16 +217,37 @@ def _is_alive(group: int) -> bool:
     return False
 
 
-def _exit_code(code: int, *, left_behind: bool) -> int:
-    """The exit code to pass on, with a message where the launcher's own says too little."""
+def _exit_code(code: int, noted: str, received: Sequence[int], *, left_behind: bool) -> int:
+    """The exit code to pass on, with a message where the launcher's own says too little.
+
+    noted: what a rank that left in order has left, or nothing. A launcher that is stopped itself returns another code.
+    """
     if left_behind:
-        print("dynmoe: the launcher ended before its ranks, which were stopped.", file=sys.stderr)
+        _say("dynmoe: the launcher ended before its ranks, which were stopped.")
+    if noted == f"{EXIT_PREEMPTED}":
+        return EXIT_PREEMPTED
+    if code == 0 and noted == "0":
+        return 0
+    if received:
+        name = signal.Signals(received[0]).name
+        _say(f"dynmoe: ended by {name}. No checkpoint was written; the same command goes on from the one before.")
+        return 128 + received[0]
+    if left_behind:
         return code if code > 0 else 1
     if code < 0:
-        print(f"dynmoe: the launcher was ended by {signal.Signals(-code).name}.", file=sys.stderr)
+        _say(f"dynmoe: the launcher was ended by {signal.Signals(-code).name}.")
+        return 1
+    if code == 0:
+        _say("dynmoe: the launcher reports success, but no rank does.")
         return 1
     killed_by = 256 - code
     if killed_by in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
         hint = " Memory may have run out." if killed_by == signal.SIGKILL else ""
-        print(f"dynmoe: a rank was ended by {signal.Signals(killed_by).name}.{hint}", file=sys.stderr)
+        _say(f"dynmoe: a rank was ended by {signal.Signals(killed_by).name}.{hint}")
     return code
+
+
+def _say(text: str) -> None:
+    """On a terminal that may have been closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

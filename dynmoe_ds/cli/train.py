@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dynmoe_ds.cli import launcher_watch
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.launcher_watch import EXIT_NOTE_VARIABLE
+from dynmoe_ds.cli.stop_requests import StopRequests
 from dynmoe_ds.errors import ConfigError, DynMoEError
 
 if TYPE_CHECKING:
@@ -75,27 +78,47 @@ def _run_rank(overrides: Sequence[str]) -> int:
     Whatever goes wrong ends the process at once: leaving through the interpreter would wait for other ranks in the
     destruction of the process groups, and the launcher can only stop them after this rank is gone.
     """
-    _interrupt_once()
-    should_stop = _stop_on_signal()
+    requests = StopRequests()
+    requests.listen()
+    _follow_launchers(requests)
     rank, world_size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     _show_log(rank)
     # What one rank finds wrong, every rank reports. Rank 0 speaks first; another is heard if it fails alone. An error
     # of another kind may follow from a rank that is gone: that rank is heard first.
     try:
-        _train(overrides, world_size, should_stop)
+        _train(overrides, world_size, requests.is_asked)
     except DynMoEError as error:
-        _wait(rank > 0 and world_size > 1)
+        _wait(rank > 0 and world_size > 1, requests)
         print(f"[rank {rank}] {error}", file=sys.stderr)
         _leave(2)
     except KeyboardInterrupt:
         _leave(130)
     except SystemExit as leaving:
-        _leave(leaving.code if isinstance(leaving.code, int) else 1)
-    except Exception:
-        _wait(world_size > 1)
+        code = leaving.code if isinstance(leaving.code, int) else 1
+        _note(code)
+        _leave(code)
+    except Exception as error:
+        _wait(world_size > 1, requests)
+        if lost := _lost_rank(error):
+            print(f"[rank {rank}] {lost}", file=sys.stderr)
         print(f"[rank {rank}] {traceback.format_exc()}", end="", file=sys.stderr)
         _leave(1)
+    _note(0)
     return 0
+
+
+def _lost_rank(error: Exception) -> str | None:
+    """What to read before the traceback of an error that comes of a rank that is gone or hangs."""
+    from dynmoe_ds.distributed import describe_lost_rank
+
+    described = describe_lost_rank(error)
+    if described is None:
+        return None
+    return (
+        f"{described} What that rank or the launcher said last may tell why; one that said nothing may have run out of "
+        "memory. parallel.process_group_timeout_s is how long ranks wait for each other. The same command goes on from "
+        "the latest checkpoint, if there is one."
+    )
 
 
 def _train(overrides: Sequence[str], world_size: int, should_stop: Callable[[], bool]) -> None:
@@ -126,43 +149,36 @@ def _show_log(rank: int) -> None:
     log.propagate = False
 
 
-def _interrupt_once() -> None:
-    """Make KeyboardInterrupt of the first SIGINT or SIGTERM and ignore what follows, so that a run can end in order.
-
-    Ctrl-C comes twice: as SIGINT from the front end, and as SIGTERM from the launcher, which then waits for 30 s.
-    """
-
-    is_interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # Remembered rather than set to SIG_IGN, about which Python complains when the second signal is already here.
-        nonlocal is_interrupted
-        if not is_interrupted:
-            is_interrupted = True
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+def _follow_launchers(requests: StopRequests) -> None:
+    """End with a checkpoint when the launcher is killed, and at once if the front end has gone already."""
+    launchers = launcher_watch.find_launchers(os.environ)
+    if launchers is None:
+        _leave(1)
+    launcher_watch.watch(launchers, requests.ask)
 
 
-def _stop_on_signal() -> Callable[[], bool]:
-    """Whether SIGUSR1 has come, which asks for a checkpoint and an end (Slurm: `--signal=USR1@120`)."""
-    asked = threading.Event()
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
-    return asked.is_set
-
-
-def _wait(needed: bool) -> None:
+def _wait(needed: bool, requests: StopRequests) -> None:
     """Let another rank be heard first; the launcher stops this one meanwhile if that is the case."""
-    if needed:
+    before, end = requests.num_terminations, time.monotonic() + _LATER_S
+    while needed and time.monotonic() < end:
         try:
-            time.sleep(_LATER_S)
+            time.sleep(0.05)
         except KeyboardInterrupt:
             _leave(130)
+        if requests.num_terminations > before:
+            _leave(128 + signal.SIGTERM)
+
+
+def _note(code: int) -> None:
+    """Tell the front end an exit code on which launchers cannot be relied: see `launcher.supervise`."""
+    if path := os.environ.get(EXIT_NOTE_VARIABLE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{code}", encoding="utf-8")
 
 
 def _leave(code: int) -> NoReturn:
     """End this process now, without the interpreter's clean-up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            stream.flush()
     os._exit(code)

@@ -29,7 +29,7 @@ from dynmoe_ds.adaptation import (
 from dynmoe_ds.checkpoint.in_memory import SnapshotInMemory
 from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
 from dynmoe_ds.checkpoint.writer import CheckpointWriter
-from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
+from dynmoe_ds.distributed import assert_same_on_all_ranks, group_timeout, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.construction import Construction
@@ -443,7 +443,7 @@ class Engine:
     def _group_on_host(self) -> dist.ProcessGroup | None:
         """All ranks, on host memory. Collective at the first call: every rank."""
         if self._host_group is None:
-            self._host_group = dist.new_group(backend="gloo")
+            self._host_group = dist.new_group(backend="gloo", timeout=group_timeout())
         return self._host_group
 
     def __getattr__(self, name: str) -> Any:

@@ -21,6 +21,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups
 from torch import nn
 
+from dynmoe_ds.distributed import group_timeout
 from dynmoe_ds.moe import MoELayer
 
 _MARKER = "_deepspeed_marker"
@@ -57,6 +58,9 @@ def init_distributed(timeout_s: float) -> None:
         # Started without a launcher: one rank. DeepSpeed would ask MPI, which needs mpi4py.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed makes its groups, those of the experts too, without a timeout. What fails if this name changes is
+    # tests/engine/test_dead_rank.py.
+    deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=group_timeout())
 
 
 def _free_port() -> str:

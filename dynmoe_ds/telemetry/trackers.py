@@ -91,8 +91,7 @@ class ConsoleTracker:
     def close(self) -> None:
         """Leave the terminal's cursor on a fresh line."""
         if self._shown and self._stream is not None:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._put("\n")
             self._shown = ""
 
     def _progress_line(self, step: int, left_s: float | None) -> str:
@@ -130,8 +129,7 @@ class ConsoleTracker:
         if self._stream is None:
             logger.info(line)
         else:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            self._put(line + "\n")
 
     def _rewrite(self, line: str) -> None:
         """Replace the progress line on a terminal, cut to its width: a wrapped line could not be rewritten."""
@@ -139,9 +137,17 @@ class ConsoleTracker:
             return
         line = line[: shutil.get_terminal_size().columns - 1]
         blank = " " * max(0, len(self._shown) - len(line))
-        self._stream.write(f"\r{line}{blank}" + ("" if line else "\r"))
-        self._stream.flush()
+        self._put(f"\r{line}{blank}" + ("" if line else "\r"))
         self._shown = line
+
+    def _put(self, text: str) -> None:
+        """Write to the terminal until it is closed, which must not end a training that can go on without it."""
+        assert self._stream is not None
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._stream = None
 
 
 class WandbTracker:

@@ -9,13 +9,11 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.errors import EXIT_PREEMPTED
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-EXIT_PREEMPTED = 85
-"""Neither shells nor launchers use it, so that it can mean: start me again."""
 
 
 def train(config: RunConfig, should_stop: Callable[[], bool] | None = None) -> None:

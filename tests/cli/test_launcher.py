@@ -30,12 +30,26 @@ open({pid_file!r}, "w").write(str(child.pid))
 """
 STUBBORN = "import signal, time\nfor s in (2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(120)"
 OBEDIENT = "import time; time.sleep(120)"
+# Like the ranks: a second to begin, in which SIGUSR1 is ignored; then a checkpoint, a note of the code, and the end.
+SAVING = """
+import os, signal, sys, time
+time.sleep(1)
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+while not asked:
+    time.sleep(0.05)
+time.sleep(1.5)
+open(os.environ["DYNMOE_EXIT_NOTE"], "w").write("85")
+sys.exit(85)
+"""
 
 FRONT = """
 import sys
 from dynmoe_ds.cli.launcher import supervise
 import os
-sys.exit(supervise([sys.executable, "-c", open(sys.argv[1]).read()], os.environ, grace_s=float(sys.argv[2])))
+grace_s = float(sys.argv[2])
+command = [sys.executable, "-c", open(sys.argv[1]).read()]
+sys.exit(supervise(command, os.environ, grace_s=grace_s, checkpoint_grace_s=grace_s))
 """
 
 
@@ -164,9 +178,22 @@ def test_train_checks_first_and_then_starts_the_launcher(
     assert f"starting 2 ranks; run folder {environment['DYNMOE_RUN_DIR']}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("2", 2), ("85", 85)])
-def test_exit_codes_pass_through(code: str, expected: int) -> None:
-    assert supervise([sys.executable, "-c", f"raise SystemExit({code})"], os.environ) == expected
+@pytest.mark.parametrize("code", [0, 2, 85])
+def test_exit_codes_pass_through(code: int) -> None:
+    leave = f"import os; open(os.environ['DYNMOE_EXIT_NOTE'], 'w').write('{code}'); raise SystemExit({code})"
+    assert supervise([sys.executable, "-c", leave], os.environ) == code
+
+
+def test_a_launcher_that_reports_success_alone_is_not_believed(capfd: pytest.CaptureFixture[str]) -> None:
+    """DeepSpeed's does when its second process was killed."""
+    assert supervise([sys.executable, "-c", ""], os.environ) == 1
+    assert "reports success, but no rank does" in capfd.readouterr().err
+
+
+def test_a_checkpoint_counts_whatever_the_launcher_returns() -> None:
+    """DeepSpeed's returns 1 when it was sent SIGTERM itself, after its ranks have left in order."""
+    leave = "import os; open(os.environ['DYNMOE_EXIT_NOTE'], 'w').write('85'); raise SystemExit(1)"
+    assert supervise([sys.executable, "-c", leave], os.environ) == 85
 
 
 def test_deaths_by_signal_are_explained(capfd: pytest.CaptureFixture[str]) -> None:
@@ -217,14 +244,39 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert not is_running(stub.child_pid)
 
 
-def test_sigterm_and_a_closed_terminal_stop_everything_too(tmp_path: Path) -> None:
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
-        folder = tmp_path / number.name
-        folder.mkdir()
-        stub = Stub(folder, child=OBEDIENT)
-        stub.front.send_signal(number)
-        assert stub.end() == (code, f"{number.name}\n")
-        assert not is_running(stub.child_pid)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_a_closed_terminal_stop_everything_in_the_end(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    stub = Stub(tmp_path, child=STUBBORN)
+    stub.front.send_signal(number)
+    ended, said = stub.end()
+    assert ended == code
+    assert said.startswith(f"dynmoe: ended by {number.name}. No checkpoint was written")
+    assert not is_running(stub.child_pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_a_closed_terminal_wait_for_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    """Which is asked for until it is heard, and waits for the ranks although SIGTERM comes twice in a moment."""
+    stub = Stub(tmp_path, child=SAVING, body="sys.exit(child.wait())", grace_s=40.0)
+    stub.front.send_signal(number)
+    time.sleep(0.2)
+    stub.front.send_signal(number)
+    assert stub.end() == (85, "")
+    assert not is_running(stub.child_pid)
+
+
+def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
+    stub = Stub(tmp_path, child=STUBBORN, grace_s=60.0)
+    start = time.monotonic()
+    stub.front.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert is_running(stub.child_pid)
+    stub.front.send_signal(signal.SIGTERM)
+    assert stub.end()[0] == 143
+    assert time.monotonic() - start < 45, "before the time of grace is over"
+    assert not is_running(stub.child_pid)
 
 
 def test_ranks_left_behind_by_a_launcher_that_reports_success_are_stopped(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_rank_that_is_stopped_while_it_waits_says_nothing(tmp_path: Path) -> N
     assert process.stdout.readline() == "training\n"
     time.sleep(0.5)
     process.terminate()
-    assert end(process) == (130, "", "")
+    assert end(process) == (143, "", "")
 
 
 def test_any_other_error_is_a_traceback_and_a_certain_end(tmp_path: Path) -> None:
@@ -82,8 +82,7 @@ def test_any_other_error_is_a_traceback_and_a_certain_end(tmp_path: Path) -> Non
     assert complained.endswith("ZeroDivisionError: division by zero\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_interrupts_and_later_ones_do_not_disturb_the_end(number: int, tmp_path: Path) -> None:
+def test_ctrl_c_interrupts_and_later_signals_do_not_disturb_the_end(tmp_path: Path) -> None:
     body = """
     try:
         time.sleep(60)
@@ -97,7 +96,7 @@ def test_the_first_signal_interrupts_and_later_ones_do_not_disturb_the_end(numbe
     assert process.stdout is not None
     assert process.stdout.readline() == "training\n"
     time.sleep(0.2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "closing\n"
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
@@ -134,17 +133,57 @@ def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str
     assert end(start(tmp_path, body.strip(), rank=rank)) == (0, "training\n", seen)
 
 
-def test_sigusr1_asks_the_training_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_that_ask_the_training_to_stop(number: int, tmp_path: Path) -> None:
     body = """
     while not should_stop():
         time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(0.5)
     raise SystemExit(85)
     """
     process = start(tmp_path, body.strip())
     assert process.stdout is not None
     assert process.stdout.readline() == "training\n"
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)  # the launcher's, after the first rank has left
     assert end(process) == (85, "", "")
+
+
+def test_ctrl_c_ends_a_rank_that_was_asked_to_stop(tmp_path: Path) -> None:
+    process = start(tmp_path, "time.sleep(0.5); print('saving', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "", "")
+
+
+def test_a_rank_that_is_gone_is_explained_before_the_traceback(tmp_path: Path) -> None:
+    error = "RuntimeError('[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4190.')"
+    code, _, complained = end(start(tmp_path, f"raise {error}", "parallel=single", world_size=1))
+    assert code == 1
+    first, second = complained.splitlines()[:2]
+    assert first.startswith("[rank 0] Another rank (10.0.0.2) has gone: its connection was closed. What that rank or")
+    assert "parallel.process_group_timeout_s" in first and "The same command goes on" in first
+    assert second == "[rank 0] Traceback (most recent call last):"
+
+
+def test_an_end_in_order_is_noted_where_the_front_end_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNMOE_EXIT_NOTE", f"{tmp_path / 'note'}")
+    assert end(start(tmp_path, "1 / 0", "parallel=single", world_size=1))[0] == 1
+    assert not (tmp_path / "note").exists()
+    assert end(start(tmp_path, "raise SystemExit(85)"))[0] == 85
+    assert (tmp_path / "note").read_text() == "85"
+
+
+def test_a_rank_whose_front_end_has_gone_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNMOE_FRONT_PID", "999999999")
+    assert end(start(tmp_path, "raise SystemExit(85)")) == (1, "", "")
 
 
 def test_an_exit_asked_for_by_the_training_keeps_its_code(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import multiprocessing as mp
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -56,6 +58,28 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.join()
 
 
+def start_rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, *args: Any
+) -> tuple[Connection, BaseProcess]:
+    """Start `function(rank, world_size, *args)` on one rank, which makes the process group itself.
+
+    What it returns comes through the pipe as (True, value), or (False, traceback). The caller kills the process.
+    """
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_run_alone, args=(function, rank, world_size, port, sender, args), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
 def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     pending = dict(enumerate(pipes))
@@ -74,14 +98,30 @@ def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _run(
-    function: Callable[..., Any], rank: int, world_size: int, store: str, sender: Connection, args: tuple[Any, ...]
-) -> None:
+def _set_up(rank: int, world_size: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _run_alone(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, sender: Connection, args: tuple[Any, ...]
+) -> None:
+    _set_up(rank, world_size, port)
+    try:
+        sender.send((True, function(rank, world_size, *args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    sender.close()
+    os._exit(0)
+
+
+def _run(
+    function: Callable[..., Any], rank: int, world_size: int, store: str, sender: Connection, args: tuple[Any, ...]
+) -> None:
+    _set_up(rank, world_size, port=0)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)

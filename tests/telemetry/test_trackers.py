@@ -337,3 +337,17 @@ def test_short_numbers(value: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (41, "0:41"), (3661, "1:01:01")])
 def test_clock_times(seconds: float, text: str) -> None:
     assert clock_time(seconds) == text
+
+
+def test_a_terminal_that_was_closed_does_not_end_the_training() -> None:
+    class Closed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    tracker = ConsoleTracker(300, Closed())
+    tracker.log(120, FULL)
+    tracker.log(130, FULL)
+    tracker.close()
