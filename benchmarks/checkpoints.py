@@ -1,4 +1,4 @@
-"""What does a checkpoint cost, what does writing it in the background hide, and what does a resize of the pools cost?
+"""What does a checkpoint cost, what does writing it in the background hide, and what does a resize cost and save?
 
     python -m benchmarks.checkpoints --output docs/results/checkpoints.json
 
@@ -32,17 +32,18 @@ NUM_EXPERTS, NUM_SLOTS, MANY_SLOTS = 8, 8, 16
 class Model(nn.Module):
     """Residual `MoELayer`s between two linear layers; the mean squared error of its tokens."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, num_layers: int) -> None:
+    def __init__(self, args: argparse.Namespace, num_experts: int, num_slots: int) -> None:
         import dynmoe_ds as dm
 
         super().__init__()
-        self.first, self.last = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        width = args.hidden_size
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, width)
         self.moe = nn.ModuleList(
             dm.MoELayer(
-                hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_experts=NUM_EXPERTS, num_slots=NUM_SLOTS,
+                hidden_size=width, ffn_hidden_size=args.ffn_hidden_size, num_experts=num_experts, num_slots=num_slots,
                 ep_size=WORLD_SIZE, router="top_k", seed=index,
             )
-            for index in range(num_layers)
+            for index in range(args.layers)
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,30 +60,57 @@ def measure(rank: int, port: int, args: argparse.Namespace, folder: str, results
         MASTER_PORT=f"{port}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
     torch.set_num_threads(1)
-    import dynmoe_ds as dm
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 1},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "steps_per_print": 10**9,
-    }
-    engine = dm.initialize(Model(args.hidden_size, args.ffn_hidden_size, args.layers), config)
     x = torch.randn(args.tokens, args.hidden_size, generator=torch.Generator().manual_seed(rank))
+    rounds = time_rounds(args, Path(folder), x)
+    memory = [line for stage in range(4) for line in memory_of_pools(args, stage, x)]
+    if rank == 0:
+        results.extend([*rounds, memory])
+    dist.destroy_process_group()
+
+
+def time_rounds(args: argparse.Namespace, folder: Path, x: Tensor) -> list[dict[str, float]]:
+    """All rounds, one after another."""
+    engine = build(args, 1, NUM_EXPERTS, NUM_SLOTS)
 
     def step() -> None:
         engine.backward(engine(x))
         engine.step()
 
     step()
+    found = []
     for number in range(args.rounds):
-        place = Path(folder) / f"{number}"
-        found = one_round(engine, step, place)
-        if rank == 0:
-            results.append(found)
-            shutil.rmtree(place)
+        found.append(one_round(engine, step, folder / f"{number}"))
         dist.barrier()
-    dist.destroy_process_group()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / f"{number}")
+        dist.barrier()
+    return found
+
+
+def build(args: argparse.Namespace, stage: int, num_experts: int, num_slots: int) -> Any:
+    """An engine with AdamW in float32."""
+    import dynmoe_ds as dm
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "steps_per_print": 10**9,
+    }
+    return dm.initialize(Model(args, num_experts, num_slots), config)
+
+
+def memory_of_pools(args: argparse.Namespace, stage: int, x: Tensor) -> list[dict[str, Any]]:
+    """Bytes of this rank's experts between backward and step, with 4 experts in 16 slots and after a resize to 4."""
+    engine, found = build(args, stage, 4, 16), []
+    for num_slots in (16, 4):
+        engine.resize_slots(num_slots)
+        engine.backward(engine(x))
+        engine.step()  # moments are there from the first step on
+        engine.backward(engine(x))
+        found.append({"stage": stage, "num_slots": num_slots, **engine.expert_memory()})
+        engine.step()
+    return found
 
 
 def one_round(engine: Any, step: Callable[[], None], place: Path) -> dict[str, float]:
@@ -144,6 +172,11 @@ def table(found: dict[str, Any]) -> str:
             values = [one[name] for one in found["rounds"]]
             per_gb = "" if name.startswith("step") else f"{1000 * min(values) / gigabytes:.0f}"
             lines.append(f"| {name} | {min(values):.2f} | {max(values):.2f} | {per_gb} |")
+    lines += ["", "| ZeRO | slots | weights, MB | gradients, MB | masters, MB | moments, MB |"]
+    lines += ["| --- " * 6 + "|"]
+    for line in found["memory"]:
+        sizes = [f"{line[kind] / 1e6:.2f}" for kind in ("weights", "gradients", "masters", "moments")]
+        lines.append(f"| {line['stage']} | {line['num_slots']} | {' | '.join(sizes)} |")
     return "\n".join([f"{gigabytes:.3f} GB of state.", "", *lines])
 
 
@@ -177,7 +210,7 @@ def main() -> None:
             process.join()
         if any(process.exitcode for process in ranks):
             raise SystemExit("A rank failed.")
-        rounds = list(results)
+        *rounds, memory = results
     found = {
         "settings": {key: value for key, value in vars(args).items() if key not in ("output", "folder")},
         "machine": {
@@ -186,6 +219,7 @@ def main() -> None:
             **{name: version(name) for name in ("torch", "deepspeed")},
         },
         "rounds": rounds,
+        "memory": memory,
     }
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
