@@ -20,7 +20,6 @@ from dynmoe_ds.adaptation import (
     ExpertLives,
     Plan,
     RecordingWindow,
-    add_records,
     describe,
     operate,
     sizes_to_grow,
@@ -30,7 +29,6 @@ from dynmoe_ds.checkpoint.in_memory import SnapshotInMemory
 from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
 from dynmoe_ds.checkpoint.writer import CheckpointWriter
 from dynmoe_ds.distributed import assert_same_on_all_ranks, group_timeout, raise_together
-from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.left_out import drop_gradients, leave_out_update
@@ -42,8 +40,8 @@ from dynmoe_ds.engine.non_finite import (
     OnNonFinite,
     norm_is_not_finite,
 )
-from dynmoe_ds.engine.snapshot import COUNTERS, restore, take_snapshot
-from dynmoe_ds.engine.untaken_records import UntakenRecords
+from dynmoe_ds.engine.record_book import RecordBook
+from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, restore_rng, rng_state, take_snapshot
 from dynmoe_ds.errors import CheckpointError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
     MoELayer,
@@ -53,12 +51,8 @@ from dynmoe_ds.moe import (
     TokenSampler,
     labelled,
     per_slot_statistics,
-    renumbered,
 )
-from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords, update_routers
-from dynmoe_ds.routing.records import pack, unpack
-from dynmoe_ds.routing.token_kinds import kind_shapes
 
 _log = logging.getLogger(__name__)
 
@@ -94,20 +88,21 @@ class Engine:
         self._layers = dict(layers)
         self._adaptation = adaptation
         self._controller = AdaptationController(adaptation) if adaptation else None
-        self._window = RecordingWindow(adaptation) if adaptation else None
+        self.records = RecordBook(
+            self._layers,
+            RecordingWindow(adaptation) if adaptation else None,
+            len(token_kinds),
+            with_strain=self._controller is not None and self._controller.rule.needs_strain,
+        )
         self._padding = padding
         self._clipping = gradient_clipping
         self.token_kinds = token_kinds
         self.on_non_finite = on_non_finite
         self._sampler = TokenSampler(-(-TOKENS_PER_SAMPLE // dist.get_world_size()))
         self._ledger = StepLedger()
-        self._step_records: dict[str, RoutingRecords] = {}
-        self._untaken = UntakenRecords(self._layers)
         self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
         self.layers_known_full: set[str] = set()
-        self._last_records: dict[str, RoutingRecords] = {}
-        self._last_placements: dict[str, Placement] = {}
         self.lives = ExpertLives(self.placements())
         self._writer: CheckpointWriter | None = None
         self._host_group: dist.ProcessGroup | None = None
@@ -147,7 +142,7 @@ class Engine:
         with self._watch.backward(loss):
             self._deepspeed.backward(total)
         self._padding.backward_done()
-        self._step_records = add_records(self._step_records, ledger.records())
+        self.records.add_micro_step(ledger.records())
         return total.detach()
 
     def step(self) -> None:
@@ -169,14 +164,14 @@ class Engine:
             self._deepspeed.step()
             return
         found = self._update()
-        records, self._step_records = self._step_records, {}
+        records = self.records.take_step()
         if found is None:
             self._num_left_out_in_a_row = 0
             self._take_in(records)
         else:
             self._leave_out(found)
         self._first_counters = {}
-        if self._window is not None and self._window.is_due(self.global_steps):
+        if self.records.window is not None and self.records.window.is_due(self.global_steps):
             self._adapt()
 
     def apply_plan(self, plan: Plan) -> Plan:
@@ -185,12 +180,11 @@ class Engine:
         Collective: every rank, with the same plan. Raises: DivergenceError if the plans differ, PlacementError if the
         plan contradicts the placements; nothing has been changed then.
         """
-        self._close_records()
+        self.records.close()
         before = self.placements()
         plan = operate(plan, self._layers, self.masters, self._adaptation)
         self.lives.note(self.global_steps, self.placements())
-        if self._window is not None:
-            self._window.set(self._renumbered(self._window.records(), before))
+        self.records.renumber(before)
         return plan
 
     def resize_slots(self, num_slots: int | Mapping[str, int]) -> None:
@@ -220,15 +214,11 @@ class Engine:
         if all(count == self._layers[name].num_slots for name, count in wanted.items()):
             return
         self._construction.check_removable()
-        self._close_records()
-        group, closed = self._group_on_host(), self._untaken.closed
-        state = SnapshotInMemory(take_snapshot(self, None), group)
-        restore(self, state, group, self._num_slots() | wanted)
-        self._untaken.own, self._untaken.closed = {}, closed
-        after = self.placements()
-        self._last_records = self._renumbered(self._last_records, self._last_placements)
-        # Without those that were born after the step, as before.
-        self._last_placements = {name: after[name].only(old.live_ids) for name, old in self._last_placements.items()}
+        self.records.close()
+        before, group, rng = self.placements(), self._group_on_host(), rng_state()
+        restore(self, SnapshotInMemory(take_snapshot(self, None), group), group, self._num_slots() | wanted)
+        self.records.renumber(before)
+        restore_rng(rng)
 
     def expert_memory(self) -> dict[str, int]:
         """Bytes of this rank's experts, free slots included: `weights`, `gradients`, `masters` and `moments`.
@@ -238,39 +228,20 @@ class Engine:
         """
         return self.masters.memory_of(p for layer in self._layers.values() for p in layer.experts.parameters())
 
-    def window_records(self) -> dict[str, RoutingRecords]:
-        """This rank's sums of the window so far, by layer; what a checkpoint keeps of it."""
-        return {} if self._window is None else self._window.records()
-
-    def untaken_records(self) -> dict[str, RoutingRecords]:
-        """What `take_records(reduce=False)` would give, which stays where it is."""
-        # What is a sum over ranks already is the first rank's.
-        return self._untaken.with_closed(self._untaken.own) if dist.get_rank() == 0 else dict(self._untaken.own)
-
-    def restore_records(self, *, window: dict[str, RoutingRecords], untaken: dict[str, RoutingRecords]) -> None:
-        """Set what `window_records` and `untaken_records` gave when a checkpoint was written."""
-        if self._window is not None:
-            self._window.set(window)
-        self._untaken.own, self._untaken.closed = dict(untaken), None
-
     def take_records(self, reduce: bool = True) -> dict[str, RoutingRecords]:
         """Records by layer of the optimiser steps since the last call, by the slots of the placements as they are.
 
         Tokens of experts that are gone are in the totals only. Collective if `reduce`: every rank, and the records are
         summed over them; else their sum over ranks is what counts.
         """
-        records = self._untaken.with_closed(self._reduce(self._untaken.own)) if reduce else self.untaken_records()
-        self._untaken.own, self._untaken.closed = {}, None
-        return records
+        return self.records.take(reduce=reduce)
 
     def take_records_by_placement(self) -> list[tuple[dict[str, Placement], dict[str, RoutingRecords]]]:
         """As `take_records`, but with the records from before the last change of the pools apart, under theirs.
 
         Collective: every rank; the records are summed over them.
         """
-        closed, self._untaken.closed = self._untaken.closed, None
-        now = (self.placements(), self.take_records())
-        return [now] if closed is None else [closed, now]
+        return self.records.take_by_placement()
 
     def evaluation_ledger(self) -> StepLedger:
         """A ledger that records evaluation too: `with engine.evaluation_ledger() as ledger:` around the passes.
@@ -285,18 +256,14 @@ class Engine:
 
         Collective: every rank.
         """
-        return self._reduce(records)
+        return self.records.reduce(records)
 
     def last_loads(self) -> dict[str, dict[int, int]]:
         """Tokens by layer and expert id of the last optimiser step, over all ranks; no expert that came after it.
 
         Collective: every rank.
         """
-        return {
-            name: {expert_id: int(record.tokens_per_slot[slot]) for expert_id, slot in placement.slots_by_id.items()}
-            for name, record in self._reduce(self._last_records).items()
-            if (placement := self._last_placements.get(name)) is not None
-        }
+        return self.records.last_loads()
 
     def observables(self) -> dict[str, dict[str, float]]:
         """The values of the routers' controllers by layer and name; equal on all ranks. Waits for the device once."""
@@ -432,13 +399,10 @@ class Engine:
         num_slots = self._num_slots()
         if self._adaptation is not None and self._adaptation.pool == "elastic":
             num_slots |= _pool_sizes(checkpoint.manifest["layers"], self._layers)
-        client_state = restore(self, checkpoint, writer.group, num_slots)
+        restore(self, checkpoint, writer.group, num_slots)
+        client_state = restore_own(self, checkpoint)
         self._untaken_events.clear()
         return checkpoint.path, client_state
-
-    def _close_records(self) -> None:
-        """Sum what was recorded so far, before the pools change. Collective: every rank."""
-        self._untaken.close(self._reduce(self._untaken.own))
 
     def _group_on_host(self) -> dist.ProcessGroup | None:
         """All ranks, on host memory. Collective at the first call: every rank."""
@@ -464,7 +428,7 @@ class Engine:
 
     def _check_between_steps(self, what: str) -> None:
         """Raises: CheckpointError in the middle of an optimiser step; every rank is at the same place."""
-        if self._ledger.records() or self._step_records:
+        if self._ledger.records() or self.records.of_step:
             raise CheckpointError(
                 f"{what} in the middle of an optimiser step. Ask after the engine.step() that updates the weights, at "
                 "the end of gradient accumulation, and before the next forward pass."
@@ -472,15 +436,15 @@ class Engine:
 
     def _new_ledger(self) -> StepLedger:
         """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
-        num_kinds, step = len(self.token_kinds), self.global_steps + 1
-        if self._window is None or self._controller is None or not self._controller.may_grow(self._window.end(step)):
+        num_kinds, step, window = len(self.token_kinds), self.global_steps + 1, self.records.window
+        if window is None or self._controller is None or not self._controller.may_grow(window.end(step)):
             return StepLedger(num_kinds=num_kinds, watch=self._watch.note_layer)
         rule = self._controller.rule
         return StepLedger(
             num_kinds=num_kinds,
             watch=self._watch.note_layer,
-            with_strain=rule.needs_strain and self._window.covers(step),
-            sampler=self._sampler if rule.needs_sample and self._window.is_due(step) else None,
+            with_strain=rule.needs_strain and window.covers(step),
+            sampler=self._sampler if rule.needs_sample and window.is_due(step) else None,
         )
 
     def _check_kinds(self, token_kinds: Tensor | None) -> None:
@@ -505,7 +469,7 @@ class Engine:
         if self.zero_stage == 0:
             norm = clip_gradients(self.module, self._layers.values(), self._clipping)
         step, counters = self.global_steps + 1, self._counters()
-        found = self._watch.take(step, self.module, self._step_records, norm)
+        found = self._watch.take(step, self.module, self.records.of_step, norm)
         if found is not None:
             return found
         self._deepspeed.step()
@@ -520,11 +484,8 @@ class Engine:
 
     def _take_in(self, records: dict[str, RoutingRecords]) -> None:
         """Keep the records of a step, and let the routers' controllers learn from them. Collective: every rank."""
-        self._last_records, self._last_placements = records, self.placements()
-        self._untaken.add(records)
+        self.records.keep(self.global_steps, records)
         self._update_routers(records)
-        if self._window is not None:
-            self._window.add(self.global_steps, records)
 
     def _leave_out(self, found: NonFinite) -> None:
         """End a step without its update, or the training. Raises: NonFiniteError as `step`. Collective: every rank."""
@@ -562,11 +523,11 @@ class Engine:
 
     def _adapt(self) -> None:
         """Decide on the window's records of all ranks, compare, operate, note. Collective: every rank."""
-        assert self._window is not None and self._controller is not None and self._adaptation is not None
+        assert self.records.window is not None and self._controller is not None and self._adaptation is not None
         config, step = self._adaptation, self.global_steps
         sizes_before, is_elastic = self._num_slots(), config.pool == "elastic"
-        records = self._reduce(self._window.take())
-        self._close_records()
+        records = self.records.reduce(self.records.window.take())
+        self.records.close()
         if is_elastic:
             records = self._grow_pools(records)
         before = self.placements()
@@ -620,18 +581,7 @@ class Engine:
         self.resize_slots(sizes)
         for name in sizes:
             self._sampler.renumber(self._layers[name], before[name])
-        return self._renumbered(records, before)
-
-    def _renumbered(
-        self, records: dict[str, RoutingRecords], before: Mapping[str, Placement]
-    ) -> dict[str, RoutingRecords]:
-        """Records made under the placements `before`, by the slots there are now."""
-        return {
-            name: renumbered(
-                record, before[name], self._layers[name].placement, per_slot_statistics(self._layers[name])
-            )
-            for name, record in records.items()
-        }
+        return self.records.renumbered(records, before)
 
     @staticmethod
     def _together(decide: Callable[[], T]) -> T:
@@ -650,40 +600,16 @@ class Engine:
     def _num_slots(self) -> dict[str, int]:
         return {name: layer.num_slots for name, layer in self._layers.items()}
 
-    def _reduce(
-        self, records: dict[str, RoutingRecords], layers: Mapping[str, MoELayer] | None = None
-    ) -> dict[str, RoutingRecords]:
-        """Records of `layers` (default: all) summed over all data-parallel ranks, in one collective.
-
-        Every layer takes part, also one without records here, so that all ranks send the same.
-        """
-        layers = self._layers if layers is None else layers
-        everything = {name: self._no_records(layer) for name, layer in layers.items()}
-        everything = {name: none + records[name] if name in records else none for name, none in everything.items()}
-        if not everything:
-            return {}
-        flat = pack(everything)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flat, group=seam.data_parallel_group())
-        return unpack(flat, everything)
-
     def _update_routers(self, records: dict[str, RoutingRecords]) -> None:
         """Let the routers' controllers take in an optimiser step. Collective if any router has one: every rank."""
         controlled = {name: layer for name, layer in self._layers.items() if layer.router.has_controller}
         if controlled:
-            reduced = self._reduce(records, controlled)
+            reduced = self.records.reduce(records, controlled)
             update_routers(
                 {name: layer.router for name, layer in controlled.items()},
                 reduced,
                 {name: layer.active for name, layer in controlled.items()},
             )
-
-    def _no_records(self, layer: MoELayer) -> RoutingRecords:
-        """Records of no token with every statistic, so that all ranks send the same numbers."""
-        statistics = layer.router.statistics_shapes() | kind_shapes(len(self.token_kinds))
-        if self._controller is not None and self._controller.rule.needs_strain:
-            statistics[STRAIN] = (layer.num_slots,)
-        return RoutingRecords.zeros(layer.num_slots, layer.hidden_size, statistics, layer.active.device)
 
 
 def _pool_sizes(described: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, int]:

@@ -71,9 +71,9 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
         tensors=_own_tensors(engine.module, masters),
         shared=state,
         own={
-            "rng": _rng_state(),
-            "window": _plain_records(engine.window_records(), layers),
-            "untaken": _plain_records(engine.untaken_records(), layers),
+            "rng": rng_state(),
+            "window": _plain_records(engine.records.window.records() if engine.records.window else {}, layers),
+            "untaken": _plain_records(engine.records.untaken(), layers),
             "client_state": client_state,
         },
         described={
@@ -91,11 +91,10 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
 
 def restore(
     engine: Engine, checkpoint: Restorable, group: dist.ProcessGroup | None, num_slots: Mapping[str, int]
-) -> Any:
-    """Bring `engine` to the state of a checkpoint of the same model; what `client_state` had been.
+) -> None:
+    """Bring what all ranks share of `engine` to the state of a checkpoint of the same model.
 
-    num_slots: the size of each layer's pool from now on; where it is another one, the engine is rebuilt. Each rank gets
-    back its own client state if there are as many ranks as there were, else rank 0's.
+    num_slots: the size of each layer's pool from now on; where it is another one, the engine is rebuilt.
     Collective: every rank. Raises: CheckpointError on every rank; weights may be half read after one about a file.
     """
     layers = engine.layers
@@ -124,18 +123,26 @@ def restore(
         for loading in part:
             loading.store(engine.masters)
     _restore_steps(engine, shared)
+    engine.layers_known_full = set(shared["layers_known_full"])
+
+
+def restore_own(engine: Engine, checkpoint: Restorable) -> Any:
+    """Bring random number generators and records to the state of a checkpoint, after `restore`; the client state.
+
+    Each rank gets back its own client state if there are as many ranks as there were, else rank 0's.
+    """
+    layers = engine.layers
     num_ranks, rank = int(checkpoint.manifest["layout"]["world_size"]), dist.get_rank()
     is_same_size = num_ranks == dist.get_world_size()
     own = checkpoint.read_own(rank if is_same_size else 0)
     if is_same_size:
-        _restore_rng(own["rng"])
+        restore_rng(own["rng"])
         window, untaken = own["window"], own["untaken"]
     else:
         # Sums over ranks are all that is ever asked of records: the first rank takes those of all.
         everyone = [checkpoint.read_own(at) for at in range(num_ranks)] if rank == 0 else []
         window, untaken = (_summed([of[part] for of in everyone]) for part in ("window", "untaken"))
-    engine.restore_records(window=_records(window, layers), untaken=_records(untaken, layers))
-    engine.layers_known_full = set(shared["layers_known_full"])
+    engine.records.restore(window=_records(window, layers), untaken=_records(untaken, layers))
     return own["client_state"]
 
 
@@ -400,7 +407,7 @@ def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 # Random numbers
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     name, keys, *position = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
@@ -413,7 +420,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _restore_rng(state: Mapping[str, Any]) -> None:
+def restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))

@@ -125,7 +125,7 @@ def count_a_step(engine: Any) -> None:
     counters["global_samples"] += config.train_batch_size()
     counters["micro_steps"] += ACCUMULATE
     engine.set_counters(counters)
-    if engine._window.is_due(engine.global_steps):
+    if engine.records.window.is_due(engine.global_steps):
         engine._adapt()
 
 

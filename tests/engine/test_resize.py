@@ -266,7 +266,7 @@ def records_across(rank: int, world_size: int) -> dict[str, Any]:
     by_placement = engine.take_records_by_placement()
     train(engine, range(1), rank, world_size)
     engine.resize_slots({"moe.0": 6})
-    untaken = engine.untaken_records()
+    untaken = engine.records.untaken()
     summed = engine.take_records()["moe.0"]
     again = engine.take_records()["moe.0"]
     return {
@@ -301,7 +301,7 @@ def window_across_a_plan(rank: int, world_size: int) -> list[dict[int, int]]:
     train(engine, range(1), rank, world_size)
 
     def counts() -> dict[int, int]:
-        record = engine.sum_over_ranks(engine.window_records())["moe.0"]
+        record = engine.sum_over_ranks(engine.records.window.records())["moe.0"]
         slots = engine.placements()["moe.0"].slots_by_id
         return {expert_id: int(record.tokens_per_slot[slot]) for expert_id, slot in slots.items()}
 
