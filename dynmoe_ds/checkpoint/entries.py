@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import MoELayer, Placement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +33,11 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
-def entries(model: nn.Module) -> list[Entry]:
+def entries(model: nn.Module, placements: Mapping[str, Placement] | None = None) -> list[Entry]:
     """Every tensor of a model's state dict once, except placements and second names of tied parameters.
 
-    Free slots are in no entry. Row 5 of `a.experts.w1` is `a.experts.5.w1` where slot 5 holds expert 5.
+    placements: by layer, by default the layers' own. Free slots are in no entry. Row 5 of `a.experts.w1` is
+    `a.experts.5.w1` where slot 5 holds expert 5.
     """
     layers = moe_layers(model)
     seen: set[int] = set()
@@ -45,7 +46,10 @@ def entries(model: nn.Module) -> list[Entry]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             owner = next((name for name in layers if key.startswith(_prefix(name))), None)
-            entry = Entry(key=key, tensor=tensor) if owner is None else _of_layer(owner, layers[owner], key, tensor)
+            entry: Entry | None = Entry(key=key, tensor=tensor)
+            if owner is not None:
+                placement = placements[owner] if placements is not None else layers[owner].placement
+                entry = _of_layer(owner, layers[owner], placement, key, tensor)
             found += [entry] if entry is not None else []
     return found
 
@@ -60,12 +64,10 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _of_layer(name: str, layer: MoELayer, key: str, tensor: Tensor) -> Entry | None:
+def _of_layer(name: str, layer: MoELayer, placement: Placement, key: str, tensor: Tensor) -> Entry | None:
     """The entry of a layer's tensor; None for its placement, which the manifest holds."""
     part, _, own = key.removeprefix(_prefix(name)).partition(".")
-    slots = {
-        f"{_prefix(name)}{part}.{expert_id}.{own}": slot for expert_id, slot in layer.placement.slots_by_id.items()
-    }
+    slots = {f"{_prefix(name)}{part}.{expert_id}.{own}": slot for expert_id, slot in placement.slots_by_id.items()}
     if part == "experts":
         return Entry(key=key, tensor=tensor, slots=slots, layer=layer)
     if part != "router":

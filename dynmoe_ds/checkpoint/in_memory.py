@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ class SnapshotInMemory:
         names: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(names, list(snapshot.tensors), group=group)
         self._holder = {name: rank for rank, held in enumerate(names) for name in held}
+
+    def check_names(self, expected: Mapping[str, torch.Size]) -> None:
+        """They are the engine's own."""
 
     def read_tensors(self, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
         """Fill tensors on the host by name. Each name is asked for once, by all who want it: then it is forgotten.

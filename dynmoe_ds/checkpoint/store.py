@@ -8,10 +8,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from dynmoe_ds.checkpoint.publish import aside_of, flush, publish
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.errors import CheckpointError
 
+T = TypeVar("T")
+
 MANIFEST_FILE = "manifest.json"
 SHARED_FILE = "shared.pt"
 TENSOR_FOLDER = "tensors"
@@ -31,6 +34,7 @@ LATEST_FILE = "latest"
 FORMAT = "dynmoe_ds.checkpoint"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
+_REPLACED_NAME = re.compile(r"\.step-(\d+)\.replaced")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +52,11 @@ class Snapshot:
     own: dict[str, Any]
     described: dict[str, Any]
 
+    def check_plain(self) -> None:
+        """Raises: CheckpointError, naming the place, for what could be written but not read again."""
+        for name, value in {**self.own, **self.shared}.items():
+            _check_plain(value, name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
@@ -62,23 +71,27 @@ class Checkpoint:
         """Optimiser steps that had been taken."""
         return int(self.manifest["step"])
 
+    def check_names(self, expected: Mapping[str, torch.Size]) -> None:
+        """Raises: CheckpointError unless it has tensors of these names and shapes, and no others."""
+        for name, size in expected.items():
+            if name not in self.sizes:
+                raise CheckpointError(f"{self.path} has no {name}: it is of another model or optimiser.")
+            if self.sizes[name] != size:
+                raise CheckpointError(
+                    f"{self.path} is of another model: {name} has shape {list(self.sizes[name])} there, but "
+                    f"{list(size)} here."
+                )
+        if unknown := sorted(self.sizes.keys() - expected.keys()):
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise CheckpointError(
+                f"{self.path} is of another model: it has {unknown[0]}{more}, for which there is no place here."
+            )
+
     def read_tensors(self, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
         """Fill tensors on the host by name. Collective: every rank of `group`, each with what it wants, if anything.
 
-        Raises: CheckpointError on every rank, naming the tensor, for one that is missing or of another shape.
+        Raises: CheckpointError on every rank if they cannot be read. `check_names` first.
         """
-        error = None
-        for name, tensor in wanted.items():
-            if name not in self.sizes:
-                error = CheckpointError(f"{self.path} has no {name}: it is of another model or optimiser.")
-            elif self.sizes[name] != tensor.shape:
-                error = CheckpointError(
-                    f"{self.path} is of another model: {name} has shape {list(self.sizes[name])} there, but "
-                    f"{list(tensor.shape)} here."
-                )
-            if error is not None:
-                break
-        raise_together(error, group)
         try:
             reader = dcp.FileSystemReader(self.path / TENSOR_FOLDER)
             dcp.load(dict(wanted), storage_reader=reader, process_group=group)
@@ -110,8 +123,9 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup 
     is_first = dist.get_rank() == 0
     _together(lambda: _prepare(aside) if is_first else None, path, group)
     _together(lambda: _write_own(snapshot, aside, is_first, group), path, group)
+    described = _together(lambda: _own_files(aside, is_first), path, group)
     files: list[Any] = [None] * dist.get_world_size()
-    _together(lambda: dist.all_gather_object(files, _own_files(aside, is_first), group=group), path, group)
+    dist.all_gather_object(files, described, group=group)
     _together(lambda: _finish(snapshot, path, aside, files) if is_first else None, path, group)
     return path
 
@@ -141,12 +155,15 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Whole checkpoints in a folder by step, ascending."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
+    """Whole checkpoints in a folder by step, ascending.
+
+    One that was about to be replaced by another of the same step counts as long as that one is not there.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name) or _REPLACED_NAME.fullmatch(path.name)
         if match and (path / MANIFEST_FILE).is_file():
-            found[int(match.group(1))] = path
+            found.setdefault(int(match.group(1)), path)
     return dict(sorted(found.items()))
 
 
@@ -176,15 +193,17 @@ def remove_old(folder: Path, keep: int) -> None:
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
+    kept = set(list_checkpoints(folder).values())
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _together(action: Any, path: Path, group: dist.ProcessGroup | None) -> None:
+def _together(action: Callable[[], T], path: Path, group: dist.ProcessGroup | None) -> T:
     """Run `action` and raise on every rank what any rank raises. Collective: every rank of `group`."""
-    error: Exception | None = None
+    result, error = None, None
     try:
-        action()
+        result = action()
     except CheckpointError as e:
         error = e
     except Exception as e:
@@ -198,6 +217,7 @@ def _together(action: Any, path: Path, group: dist.ProcessGroup | None) -> None:
         if error is not None and e is not error:
             raise e from error  # a rank is gone or hangs: the first error says which of the two
         raise
+    return result  # type: ignore[return-value]
 
 
 def _prepare(aside: Path) -> None:
@@ -240,10 +260,15 @@ def _finish(snapshot: Snapshot, path: Path, aside: Path, files: list[dict[str, A
     publish(aside, path)
     latest = path.with_name(LATEST_FILE)
     beside = latest.with_name(f".{LATEST_FILE}.incomplete")
-    beside.write_text(f"{path.name}\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(latest)
-    flush(path.parent)
+    try:
+        beside.write_text(f"{path.name}\n", encoding="utf-8")
+        flush(beside)
+        beside.replace(latest)
+        flush(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is written, but {latest} cannot be: {_reason(error)} It still names the one before."
+        ) from error
 
 
 def _latest(folder: Path) -> Path | None:
@@ -282,6 +307,22 @@ def _check_file(path: Path, described: Mapping[str, Any], *, with_checksum: bool
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Raises: CheckpointError, naming the place, for a value that could be written but not read again."""
+    if type(value) in (dict, OrderedDict):
+        for key, part in value.items():
+            _check_plain(key, f"A key of {name}")
+            _check_plain(part, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, part in enumerate(value):
+            _check_plain(part, f"{name}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str, bytes, Tensor):
+        raise CheckpointError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold. Use "
+            "tensors, numbers, texts, lists, tuples and dictionaries."
+        )
 
 
 def _save(value: dict[str, Any], path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from dynmoe_ds.errors import DivergenceError
+
+T = TypeVar("T")
 
 
 def assert_same_on_all_ranks(
@@ -48,6 +50,20 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         raise error
     if failures:
         raise DivergenceError("Another rank failed, so this one stops too. " + "; ".join(failures))
+
+
+def attempt_together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `action` gives here, unless it fails anywhere. It must not contain a collective of its own.
+
+    Collective: every rank of `group`. Raises: as `raise_together`.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as e:  # whatever it is, the other ranks must not wait for this one
+        error = e
+    raise_together(error, group)
+    return result  # type: ignore[return-value]
 
 
 def take_from_first_rank(tensor: Tensor) -> None:

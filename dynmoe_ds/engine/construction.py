@@ -24,6 +24,9 @@ _LEFT_IN_MODULES = {
     "applied_pre_backward_ref_cnt",
 }
 
+# What torch's schedulers keep per group of the optimiser.
+_PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
+
 
 class Construction:
     """How the DeepSpeed engine of a model is made: as often as the sizes of its pools change.
@@ -49,6 +52,7 @@ class Construction:
         self._client_groups: list[dict[str, Any]] | None = None
         if isinstance(optimizer, torch.optim.Optimizer):
             self._client_groups = [_of_names(group, names) for group in optimizer.param_groups]
+        self.group_names: list[list[str]] = []
         self._attributes = {name: dict(param.__dict__) for name, param in model.named_parameters()}
 
     def build(self) -> Any:
@@ -64,6 +68,10 @@ class Construction:
             client = _of_params(self._client_groups, params)
             self._optimizer.param_groups[:] = seam.split_expert_groups(client) if splits else client
             self._optimizer.state.clear()
+            _extend_scheduler(self._lr_scheduler, client, self._optimizer.param_groups)
+        final = self._optimizer.param_groups if self._client_groups is not None else groups
+        names = {id(param): name for name, param in params.items()}
+        self.group_names = [[names[id(p)] for p in group["params"] if id(p) in names] for group in final]
         engine, *_ = deepspeed.initialize(
             model=self._model,
             model_parameters=groups,
@@ -123,6 +131,17 @@ class Construction:
             param.grad = None
             param.data = torch.empty(0, dtype=param.dtype)
             param.__dict__.clear()
+
+
+def _extend_scheduler(scheduler: Any, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """Give a scheduler of torch's, made for the groups `before`, its numbers per group for those that came of them."""
+    for part in getattr(scheduler, "_schedulers", ()):
+        _extend_scheduler(part, before, after)
+    origin = {id(param): index for index, group in enumerate(before) for param in group["params"]}
+    for name in _PER_GROUP:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == len(before) < len(after):
+            setattr(scheduler, name, [values[origin[id(group["params"][0])]] for group in after])
 
 
 def _of_names(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:

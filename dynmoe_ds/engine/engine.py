@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from dynmoe_ds.adaptation import (
 from dynmoe_ds.checkpoint.in_memory import SnapshotInMemory
 from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
 from dynmoe_ds.checkpoint.writer import CheckpointWriter
-from dynmoe_ds.distributed import assert_same_on_all_ranks, group_timeout, raise_together
+from dynmoe_ds.distributed import assert_same_on_all_ranks, attempt_together, group_timeout
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.left_out import drop_gradients, leave_out_update
@@ -42,7 +42,7 @@ from dynmoe_ds.engine.non_finite import (
 )
 from dynmoe_ds.engine.record_book import RecordBook
 from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, restore_rng, rng_state, take_snapshot
-from dynmoe_ds.errors import CheckpointError, NonFiniteError, PlacementError, RoutingError
+from dynmoe_ds.errors import CheckpointError, DivergenceError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
     MoELayer,
     PaddingMask,
@@ -56,12 +56,17 @@ from dynmoe_ds.routing import RoutingRecords, update_routers
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 TOKENS_PER_SAMPLE = 4096
 """Tokens per layer, over all ranks, by which experts are split: about a hundred of each of some tens of experts."""
 
-_NATIVE_CHECKPOINT_METHODS = ("save_16bit_model", "save_fp16_model", "load_universal_checkpoint")
+_NATIVE_CHECKPOINT_METHODS = (
+    "save_16bit_model",
+    "save_fp16_model",
+    "load_universal_checkpoint",
+    "load_state_dict",
+    "load_module_state_dict",
+    "load_moe_state_dict",
+)
 
 
 class Engine:
@@ -180,6 +185,7 @@ class Engine:
         Collective: every rank, with the same plan. Raises: DivergenceError if the plans differ, PlacementError if the
         plan contradicts the placements; nothing has been changed then.
         """
+        self._check_between_steps("A plan was to be carried out")
         self.records.close()
         before = self.placements()
         plan = operate(plan, self._layers, self.masters, self._adaptation)
@@ -214,6 +220,7 @@ class Engine:
         if all(count == self._layers[name].num_slots for name, count in wanted.items()):
             return
         self._construction.check_removable()
+        attempt_together(self.masters.check_states)
         self.records.close()
         before, group, rng = self.placements(), self._group_on_host(), rng_state()
         restore(self, SnapshotInMemory(take_snapshot(self, None), group), group, self._num_slots() | wanted)
@@ -319,6 +326,10 @@ class Engine:
         self.masters = EngineMasters(self._deepspeed)
         self._watch.attach(self._deepspeed)
 
+    def group_names(self) -> list[list[str]]:
+        """Names of the parameters of each of the optimiser's groups."""
+        return self._construction.group_names
+
     def set_counters(self, counters: Mapping[str, int]) -> None:
         """Set DeepSpeed's counters of steps and samples, by name."""
         for name, value in counters.items():
@@ -351,15 +362,17 @@ class Engine:
         data-parallel size, ZeRO stage and pool size can load it. client_state: this rank's own, of tensors, numbers,
         texts, lists and dictionaries. All ranks must see `folder`. A checkpoint is there as a whole, and
         `folder`/latest names it, or not at all. asynchronous: write in the background, after a copy to the host;
-        `wait_for_checkpoint` says how it went, as does the next save.
+        `wait_for_checkpoint` says how it went; the next save and the next load log it.
 
         Only between `step()` and the next forward pass. Collective: every rank. Raises: CheckpointError on every rank
         if it cannot be written; training can go on.
         """
         self._check_between_steps("A checkpoint was asked for")
         writer = self._checkpoint_writer()
-        writer.wait()
+        self._wait_for_earlier(writer)
+        attempt_together(self.masters.check_states, writer.group)
         snapshot = take_snapshot(self, client_state)
+        attempt_together(snapshot.check_plain, writer.group)
         return writer.write(snapshot, Path(folder), asynchronous=asynchronous)
 
     def wait_for_checkpoint(self) -> None:
@@ -384,15 +397,11 @@ class Engine:
         """
         self._check_between_steps("A checkpoint was asked for")
         writer = self._checkpoint_writer()
-        writer.wait()
-        checkpoint, error = None, None
-        try:
-            path = find_checkpoint(Path(folder), step)
-            checkpoint = open_checkpoint(path, dist.get_rank(), dist.get_world_size())
-        except Exception as e:
-            error = e
-        raise_together(error, writer.group)
-        assert checkpoint is not None
+        self._wait_for_earlier(writer)
+        checkpoint = attempt_together(
+            lambda: open_checkpoint(find_checkpoint(Path(folder), step), dist.get_rank(), dist.get_world_size()),
+            writer.group,
+        )
         assert_same_on_all_ranks(
             "the checkpoint to load", {"path": checkpoint.path.name, "step": checkpoint.step}, writer.group
         )
@@ -400,8 +409,9 @@ class Engine:
         if self._adaptation is not None and self._adaptation.pool == "elastic":
             num_slots |= _pool_sizes(checkpoint.manifest["layers"], self._layers)
         restore(self, checkpoint, writer.group, num_slots)
-        client_state = restore_own(self, checkpoint)
+        client_state = restore_own(self, checkpoint, writer.group)
         self._untaken_events.clear()
+        self._gradient_norm, self._num_left_out_in_a_row = None, 0
         return checkpoint.path, client_state
 
     def _group_on_host(self) -> dist.ProcessGroup | None:
@@ -419,6 +429,15 @@ class Engine:
         if name == "_deepspeed":  # not set yet: copying or unpickling
             raise AttributeError(name)
         return getattr(self._deepspeed, name)
+
+    @staticmethod
+    def _wait_for_earlier(writer: CheckpointWriter) -> None:
+        """Wait for a checkpoint in the background, whose failure must not keep this one from being tried."""
+        try:
+            writer.wait()
+        except (CheckpointError, DivergenceError) as error:
+            if dist.get_rank() == 0:
+                _log.warning("The checkpoint before was not written: %s", error)
 
     def _checkpoint_writer(self) -> CheckpointWriter:
         """Collective at the first call: every rank."""
@@ -531,7 +550,7 @@ class Engine:
         if is_elastic:
             records = self._grow_pools(records)
         before = self.placements()
-        plan, full = self._together(lambda: self._decide(records))
+        plan, full = attempt_together(lambda: self._decide(records))
         sampler = self._sampler if self._controller.rule.needs_sample else None
         plan = operate(plan, self._layers, self.masters, config, sampler)
         self._sampler.clear()
@@ -577,25 +596,11 @@ class Engine:
         assert self._controller is not None
         controller, before = self._controller, self.placements()
         per_slot = {name: per_slot_statistics(layer) for name, layer in self._layers.items()}
-        sizes = self._together(lambda: sizes_to_grow(controller, records, before, per_slot, **self._circumstances()))
+        sizes = attempt_together(lambda: sizes_to_grow(controller, records, before, per_slot, **self._circumstances()))
         self.resize_slots(sizes)
         for name in sizes:
             self._sampler.renumber(self._layers[name], before[name])
         return self.records.renumbered(records, before)
-
-    @staticmethod
-    def _together(decide: Callable[[], T]) -> T:
-        """What a decision comes to. A rule of the user's own may fail on one rank only: all raise then.
-
-        Collective: every rank.
-        """
-        decided, error = None, None
-        try:
-            decided = decide()
-        except Exception as e:
-            error = e
-        raise_together(error)
-        return decided  # type: ignore[return-value]
 
     def _num_slots(self) -> dict[str, int]:
         return {name: layer.num_slots for name, layer in self._layers.items()}

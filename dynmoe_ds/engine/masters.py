@@ -49,6 +49,16 @@ class EngineMasters:
             names |= {name for name, value in entries.items() if torch.is_tensor(value) and value.shape == key.shape}
         return tuple(sorted(names))
 
+    def check_states(self) -> None:
+        """Raises: CheckpointError for an optimiser that keeps more than its step and numbers per weight."""
+        for key, entries in self._basic.state.items():
+            for name, value in entries.items():
+                if name != "step" and value is not None and not (torch.is_tensor(value) and value.shape == key.shape):
+                    raise CheckpointError(
+                        f"{self.optimizer_name()} keeps {name}, which is not one number per weight: checkpoints and "
+                        "pools of another size do not know what to do with it. Use Adam, AdamW or SGD."
+                    )
+
     def covers(self, tensor: Tensor) -> bool:
         """Whether the optimiser trains a tensor of the model; the same on all ranks."""
         if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:

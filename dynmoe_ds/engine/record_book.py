@@ -33,7 +33,9 @@ class RecordBook:
         self.of_step: Records = {}
         self._last: Records = {}
         self._last_placements: dict[str, Placement] = {}
+        self._known_loads: dict[str, dict[int, int]] = {}
         self._untaken: Records = {}
+        self._num_steps_untaken = 0
         # Summed over ranks, with the placements that they were made under.
         self._closed: tuple[dict[str, Placement], Records] | None = None
 
@@ -50,6 +52,7 @@ class RecordBook:
         """Count the records of optimiser step `step`."""
         self._last, self._last_placements = records, self._placements()
         self._untaken = add_records(self._untaken, records)
+        self._num_steps_untaken += 1
         if self.window is not None:
             self.window.add(step, records)
 
@@ -70,18 +73,17 @@ class RecordBook:
 
     def close(self) -> None:
         """Before the pools change: sum what was counted under the placements as they are. Collective: every rank."""
-        total = self._with_closed(self.reduce(self._untaken))
-        self._untaken, self._closed = {}, (self._placements(), total)
+        self._known_loads = self.last_loads()
+        self._last, self._last_placements = {}, {}
+        if self._num_steps_untaken > 0 or self._closed is None:
+            total = self._with_closed(self.reduce(self._untaken))
+            self._closed = self._placements(), total
+            self._untaken, self._num_steps_untaken = {}, 0
 
     def renumber(self, before: Mapping[str, Placement]) -> None:
-        """After the pools have changed: let what is not closed follow its experts to the slots they have now."""
+        """After the pools have changed: let the window's records follow their experts to the slots they have now."""
         if self.window is not None:
             self.window.set(self.renumbered(self.window.records(), before))
-        self._last = self.renumbered(self._last, before)
-        # Only the experts that were there in the step.
-        self._last_placements = {
-            name: self._layers[name].placement.only(old.live_ids) for name, old in self._last_placements.items()
-        }
 
     def renumbered(self, records: Records, before: Mapping[str, Placement]) -> Records:
         """Records made under the placements `before`, by the slots there are now."""
@@ -94,7 +96,7 @@ class RecordBook:
     def take(self, *, reduce: bool = True) -> Records:
         """What `Engine.take_records` gives."""
         records = self._with_closed(self.reduce(self._untaken)) if reduce else self.untaken()
-        self._untaken, self._closed = {}, None
+        self._untaken, self._num_steps_untaken, self._closed = {}, 0, None
         return records
 
     def take_by_placement(self) -> list[tuple[dict[str, Placement], Records]]:
@@ -108,14 +110,17 @@ class RecordBook:
         # What is a sum over ranks already is the first rank's.
         return self._with_closed(self._untaken) if dist.get_rank() == 0 else dict(self._untaken)
 
-    def restore(self, *, window: Records, untaken: Records) -> None:
+    def restore(self, *, window: Records, untaken: Records, last_loads: dict[str, dict[int, int]]) -> None:
         """Go on from the records of a checkpoint."""
         if self.window is not None:
             self.window.set(window)
-        self._untaken, self._closed = dict(untaken), None
+        self._untaken, self._num_steps_untaken, self._closed = dict(untaken), 1, None
+        self._last, self._last_placements, self._known_loads = {}, {}, last_loads
 
     def last_loads(self) -> dict[str, dict[int, int]]:
         """What `Engine.last_loads` gives."""
+        if not self._last_placements:  # the pools have changed since, or a checkpoint was loaded
+            return self._known_loads
         return {
             name: {expert_id: int(record.tokens_per_slot[slot]) for expert_id, slot in placement.slots_by_id.items()}
             for name, record in self.reduce(self._last).items()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dynmoe_ds.adaptation.surgery import WEIGHT, full_shape
 from dynmoe_ds.checkpoint.entries import Entry, entries
 from dynmoe_ds.checkpoint.store import Snapshot
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.engine.gathering import whole
 from dynmoe_ds.engine.masters import EngineMasters
 from dynmoe_ds.engine.seam import sharing_group
@@ -37,6 +38,9 @@ class Restorable(Protocol):
     @property
     def manifest(self) -> dict[str, Any]: ...
 
+    def check_names(self, expected: Mapping[str, torch.Size]) -> None:
+        """Raises: CheckpointError unless it has tensors of these names and shapes, and no others."""
+
     def read_tensors(self, wanted: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
         """Fill tensors by name. Collective: every rank of `group`."""
 
@@ -50,6 +54,7 @@ class Restorable(Protocol):
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """DeepSpeed's counters of steps and samples."""
 _BYTES_AT_ONCE = 2**30
+_ADAMS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
 def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
@@ -62,7 +67,11 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
     state = {
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "optimizer_steps": _optimizer_steps(engine),
-        "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
+        "learning_rates": {
+            name: float(group["lr"])
+            for group, names in zip(engine.optimizer.param_groups, engine.group_names(), strict=True)
+            for name in names
+        },
         "scheduler": copy.deepcopy(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
         "layers_known_full": sorted(engine.layers_known_full),
     }
@@ -74,7 +83,7 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
             "rng": rng_state(),
             "window": _plain_records(engine.records.window.records() if engine.records.window else {}, layers),
             "untaken": _plain_records(engine.records.untaken(), layers),
-            "client_state": client_state,
+            "client_state": copy.deepcopy(client_state),
         },
         described={
             "optimizer": masters.optimizer_name(),
@@ -98,7 +107,7 @@ def restore(
     Collective: every rank. Raises: CheckpointError on every rank; weights may be half read after one about a file.
     """
     layers = engine.layers
-    shared = checkpoint.read_shared()
+    shared = attempt_together(checkpoint.read_shared, group)
     described: Mapping[str, Any] = checkpoint.manifest["layers"]
     if described.keys() != layers.keys():
         raise CheckpointError(
@@ -110,7 +119,9 @@ def restore(
         for name, layer in layers.items()
     }
     state_names = tuple(checkpoint.manifest["state_names"])
+    _check_layers(described, layers, checkpoint)
     _check_optimizer(engine.masters, checkpoint)
+    checkpoint.check_names(_sizes(engine, placements, state_names))
     if any(layer.num_slots != num_slots[name] for name, layer in layers.items()):
         engine.rebuild(placements)
     engine.masters.make_states(state_names)
@@ -126,30 +137,68 @@ def restore(
     engine.layers_known_full = set(shared["layers_known_full"])
 
 
-def restore_own(engine: Engine, checkpoint: Restorable) -> Any:
+def restore_own(engine: Engine, checkpoint: Restorable, group: dist.ProcessGroup | None) -> Any:
     """Bring random number generators and records to the state of a checkpoint, after `restore`; the client state.
 
     Each rank gets back its own client state if there are as many ranks as there were, else rank 0's.
+    Collective: every rank. Raises: CheckpointError on every rank for a file that cannot be read.
     """
     layers = engine.layers
     num_ranks, rank = int(checkpoint.manifest["layout"]["world_size"]), dist.get_rank()
     is_same_size = num_ranks == dist.get_world_size()
-    own = checkpoint.read_own(rank if is_same_size else 0)
+    # Sums over ranks are all that is ever asked of records: on another number of ranks the first takes those of all.
+    others = range(num_ranks) if rank == 0 and not is_same_size else ()
+    own, everyone = attempt_together(
+        lambda: (checkpoint.read_own(rank if is_same_size else 0), [checkpoint.read_own(at) for at in others]), group
+    )
     if is_same_size:
         restore_rng(own["rng"])
         window, untaken = own["window"], own["untaken"]
     else:
-        # Sums over ranks are all that is ever asked of records: the first rank takes those of all.
-        everyone = [checkpoint.read_own(at) for at in range(num_ranks)] if rank == 0 else []
         window, untaken = (_summed([of[part] for of in everyone]) for part in ("window", "untaken"))
-    engine.records.restore(window=_records(window, layers), untaken=_records(untaken, layers))
+    engine.records.restore(
+        window=_records(window, layers),
+        untaken=_records(untaken, layers),
+        last_loads=_last_loads(checkpoint.manifest["layers"]),
+    )
     return own["client_state"]
+
+
+def _sizes(engine: Engine, placements: Mapping[str, Placement], state_names: tuple[str, ...]) -> dict[str, torch.Size]:
+    """The shapes of all tensors of a checkpoint of this model with these placements, by name."""
+    sizes: dict[str, torch.Size] = {}
+    for entry in entries(engine.module, placements):
+        kinds = (WEIGHT, *state_names) if engine.masters.covers(entry.tensor) else (WEIGHT,)
+        shape = full_shape(entry.tensor)  # type: ignore[arg-type]
+        sizes |= {_name(n, kind): shape if entry.slots is None else shape[1:] for n in entry.names() for kind in kinds}
+    return sizes
+
+
+def _check_layers(described: Mapping[str, Any], layers: Mapping[str, MoELayer], checkpoint: Restorable) -> None:
+    """Raises: CheckpointError for layers with other routers or experts, whose tensors may have the same names."""
+    for name, layer in layers.items():
+        here = _describe(layer)
+        for key in ("router", "expert"):
+            if described[name][key] != here[key]:
+                raise CheckpointError(
+                    f"{checkpoint.path} is of another model: the {key} of {name} is {described[name][key]} there, but "
+                    f"{here[key]} here."
+                )
+
+
+def _last_loads(described: Mapping[str, Any]) -> dict[str, dict[int, int]]:
+    """The tokens of the last optimiser step by layer and expert id, as `_experts` noted them."""
+    loads = {
+        name: {int(id_): life["last_load"] for id_, life in of_layer["experts"].items()}
+        for name, of_layer in described.items()
+    }
+    return {name: {id_: load for id_, load in of.items() if load is not None} for name, of in loads.items()}
 
 
 def _check_optimizer(masters: EngineMasters, checkpoint: Restorable) -> None:
     """Implementations of Adam keep the same state under the same names; other optimisers must be equal."""
     written, here = (f"{name}" for name in (checkpoint.manifest["optimizer"], masters.optimizer_name()))
-    if written != here and not ("adam" in written.lower() and "adam" in here.lower()):
+    if written != here and not {written, here} <= _ADAMS:
         raise CheckpointError(
             f"{checkpoint.path} holds the state of {written}, but this engine's optimiser is {here}. Use the optimiser "
             "that it was written with."
@@ -329,13 +378,10 @@ def _restore_steps(engine: Engine, shared: Mapping[str, Any]) -> None:
         if name in shared["optimizer_steps"]:
             engine.masters.set_step(param, shared["optimizer_steps"][name])
     engine.set_counters(shared["counters"])
-    rates = shared["learning_rates"]
-    groups = engine.optimizer.param_groups
-    if len(rates) == len(groups):  # experts are in groups of their own below ZeRO-3
-        for group, lr in zip(groups, rates, strict=True):
-            group["lr"] = lr
-    elif len(set(rates)) == 1:
-        engine.set_lr(rates[0])
+    for group, names in zip(engine.optimizer.param_groups, engine.group_names(), strict=True):
+        # By parameter, since experts are in groups of their own below ZeRO-3 only. All of a group have the same.
+        if names:
+            group["lr"] = shared["learning_rates"][names[0]]
     if engine.lr_scheduler is not None and shared["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(shared["scheduler"])
 

@@ -93,7 +93,10 @@ class Placement:
         return replace(self, expert_ids=tuple(id_ if id_ in expert_ids else None for id_ in self.expert_ids))
 
     def resized(self, num_slots: int) -> Placement:
-        """The same experts in the same order of slots, spread evenly over a pool of another size.
+        """The same experts in the same order in a pool of another size: on the ranks they are on, as far as they fit.
+
+        A rank's experts are spread evenly over its slots. The last of a rank that has too many go to the one with the
+        fewest.
 
         Raises: PlacementError if they do not fit, or if the ranks cannot share so many slots.
         """
@@ -104,9 +107,17 @@ class Placement:
             raise PlacementError(f"A pool of {num_slots} slots cannot be shared evenly by {self.ep_size} ranks.")
         if num_slots == self.num_slots:
             return self
+        capacity = num_slots // self.ep_size
+        of_ranks: list[list[int]] = [[] for _ in range(self.ep_size)]
+        for expert_id, slot in sorted(self.slots_by_id.items(), key=lambda item: item[1]):
+            of_ranks[slot * self.ep_size // self.num_slots].append(expert_id)
+        for of_rank in of_ranks:
+            while len(of_rank) > capacity:
+                min(of_ranks, key=len).append(of_rank.pop())
         ids: list[int | None] = [None] * num_slots
-        for index, expert_id in enumerate(live):
-            ids[index * num_slots // len(live)] = expert_id
+        for rank, of_rank in enumerate(of_ranks):
+            for index, expert_id in enumerate(of_rank):
+                ids[rank * capacity + index * capacity // len(of_rank)] = expert_id
         return replace(self, expert_ids=tuple(ids))
 
     def exchanged(self, expert_id: int, to_slot: int, other_id: int) -> Placement:
