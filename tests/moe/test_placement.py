@@ -118,6 +118,20 @@ def test_resized_keeps_the_order_and_spreads_evenly(ids, num_slots, expected):
     assert before.resized(num_slots) == Placement(expert_ids=expected, next_id=9, ep_size=1)
 
 
+@pytest.mark.parametrize(
+    ("ids", "num_slots", "expected"),
+    [
+        ((0, 1, 2, None, 5, None, None, None), 16, (0, None, 1, None, None, 2, None, None, 5, *(None,) * 7)),
+        ((0, 1, 2, None, 5, None, None, None), 6, (0, 1, 2, 5, None, None)),
+        ((0, 1, 2, 3, 5, None, None, None), 6, (0, 1, 2, 5, 3, None)),  # 3 does not fit beside 0, 1 and 2
+        ((0, 1, 2, 3, None, None, None, None), 4, (0, 1, 3, 2)),
+    ],
+)
+def test_resized_keeps_experts_on_their_ranks_as_far_as_they_fit(ids, num_slots, expected):
+    before = Placement(expert_ids=ids, next_id=9, ep_size=2)
+    assert before.resized(num_slots).expert_ids == expected
+
+
 def test_resized_refuses_what_cannot_work():
     placement = Placement(expert_ids=(0, 1, 2, None), next_id=3, ep_size=2)
     with pytest.raises(PlacementError, match="A pool of 2 slots cannot hold the 3 live experts"):
