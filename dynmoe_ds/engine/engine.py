@@ -433,7 +433,10 @@ class Engine:
         if self._adaptation is not None and self._adaptation.pool == "elastic":
             num_slots |= _pool_sizes(checkpoint.manifest["layers"], self._layers)
         client_state = restore(self, checkpoint, writer.group, num_slots)
+        # What is known of this engine's last steps is of another training now, perhaps by slots of other pools.
         self._untaken_events.clear()
+        self._last_records, self._last_placements, self._gradient_norm = {}, {}, None
+        self._num_left_out_in_a_row = 0
         return checkpoint.path, client_state
 
     def _close_records(self) -> None:
