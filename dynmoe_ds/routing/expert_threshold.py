@@ -123,7 +123,7 @@ class ExpertThresholdRouter(Router):
             unrouted = without_choice(passed, real)
             chosen = keep_greatest(passed, margins, config.k_max)
             if not self.training or config.training_fallback == "top_1":
-                chosen = chosen | best_expert(unrouted, margins, active, eligible)
+                chosen = chosen | best_expert(unrouted, margins, active)
             weights = torch.where(chosen, torch.sigmoid(scores), 0.0)
         return Routing(
             mask=chosen,

@@ -181,7 +181,7 @@ class ReluRouter(Router):
             chosen = keep_greatest(is_open, scores, config.k_max)
             weights = torch.where(chosen, scores, 0.0)
             if not self.training:
-                forced = best_expert(unrouted, scores, active, eligible)
+                forced = best_expert(unrouted, scores, active)
                 weights = torch.where(forced, FALLBACK_SHARE * config.score_scale, weights)
                 chosen = chosen | forced
         return Routing(mask=chosen, weights=weights, aux_losses=aux, unrouted=unrouted)

@@ -198,7 +198,7 @@ class TopAnyRouter(Router):
             unrouted = without_choice(chosen, real)
             chosen = keep_greatest(chosen, margins, config.k_max)
             if not self.training or config.training_fallback == "top_1":
-                chosen = chosen | best_expert(unrouted, margins, active, eligible)
+                chosen = chosen | best_expert(unrouted, margins, active)
 
             reached = eligible if config.straight_through == "all_live" else chosen
             gates = chosen.to(dtype) + torch.where(reached, margins - margins.detach(), 0.0)

@@ -57,6 +57,15 @@ class RunCheckpoints:
             logger.info("Going on from %s.", path)
         return self._engine.global_steps
 
+    def go_back(self) -> Path:
+        """Load the latest checkpoint, which is another one if a write in the background has failed; its path.
+
+        Collective: every rank. Raises: CheckpointError on every rank if there is none that can be used.
+        """
+        self.settle()
+        path, _ = self._engine.load_checkpoint(self.folder)
+        return path
+
     def are_there(self) -> bool:
         """Whether there is a checkpoint. Collective: every rank, so that all see the same."""
         present = torch.tensor(float(bool(list_checkpoints(self.folder))), device=self._engine.device)

@@ -165,8 +165,8 @@ class Trainer:
 
         Raises: NonFiniteError on every rank, with nothing updated.
         """
-        if step in self._rolled_back:
-            self.engine.on_non_finite = "skip_step"
+        if self.config.training.on_non_finite == "roll_back":
+            self.engine.on_non_finite = "skip_step" if step in self._rolled_back else "stop"
         self.engine.set_lr(self._learning_rate(step))
         num_left_out = self.engine.skipped_steps
         losses = torch.zeros(2, device=self.engine.device)
@@ -180,8 +180,6 @@ class Trainer:
             losses += torch.stack([loss.detach().float(), self.engine.last_aux_loss.float()])
         is_left_out = self.engine.skipped_steps > num_left_out
         self.interval.add(None if is_left_out else losses / self.config.training.gradient_accumulation_steps)
-        if self.config.training.on_non_finite == "roll_back":
-            self.engine.on_non_finite = "stop"
 
     def _roll_back(self, step: int, error: NonFiniteError) -> int:
         """Go back to the latest checkpoint after `step`, from 0, was not finite; the steps that are done then.
@@ -193,12 +191,9 @@ class Trainer:
         if len(self._rolled_back) >= MAX_ROLL_BACKS:
             raise NonFiniteError(f"{error} The run was rolled back {MAX_ROLL_BACKS} times already.") from error
         self._rolled_back.append(step)
-        self.engine.on_non_finite = "stop"
-        self.checkpoints.settle()
-        path, _ = self.engine.load_checkpoint(self.checkpoints.folder)
+        path = self.checkpoints.go_back()
         done = self.engine.global_steps
         self.run_log.rewind(done)
-        self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)
         if dist.get_rank() == 0:
             logger.warning(

@@ -1,8 +1,10 @@
 """How many slots an elastic pool should have."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, sizes_to_grow, sizes_to_shrink
+from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController, Plan, sizes_to_grow, sizes_to_shrink
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import Placement
 from tests.adaptation.examples import records
@@ -46,6 +48,14 @@ def test_no_pool_grows_after_the_last_growth_step():
     record = records([1, 1], num_unrouted=1, unrouted_sum=(1, 0))
     assert grown(record, pool(2, 2), last_growth_step=5, step=5) == 4
     assert grown(record, pool(2, 2), last_growth_step=5, step=6) is None
+
+
+def test_a_pool_is_not_cut_by_a_rule_that_asks_for_room_and_then_does_not_use_it():
+    def decide(seen, rooms):
+        return Plan(items=()), frozenset({"a"} if rooms["a"].num_slots < 16 else ())
+
+    controller = SimpleNamespace(config=AdaptationConfig(1, 1, pool="elastic"), decide=decide)
+    assert sizes_to_grow(controller, {}, {"a": pool(2, 8)}, {}) == {"a": 8}
 
 
 def test_a_slot_that_is_pruned_is_used_before_the_pool_grows():

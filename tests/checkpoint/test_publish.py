@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe_ds.checkpoint import publish
 from dynmoe_ds.checkpoint.publish import published
 
 
@@ -31,3 +32,27 @@ def test_what_a_killed_process_left_is_no_part_of_the_next_attempt(tmp_path: Pat
         (aside / "first").write_text("1")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["first"]
     assert not left.exists()
+
+
+def test_a_folder_takes_the_place_of_one_that_is_there(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with published(tmp_path / "model") as aside:
+            (aside / text).write_text(text)
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def test_everything_is_on_the_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[str, bool]] = []
+    folder, ordinary = tmp_path / "model", publish.flush
+
+    def flush(path: Path) -> None:
+        flushed.append((path.name, folder.exists()))
+        ordinary(path)
+
+    monkeypatch.setattr(publish, "flush", flush)
+    with publish.published(folder) as aside:
+        (aside / "deep").mkdir()
+        (aside / "deep" / "file").write_text("1")
+    before, after = [[name for name, is_there in flushed if is_there == when] for when in (False, True)]
+    assert sorted(before) == [".model.incomplete", "deep", "file"]
+    assert after == [tmp_path.name], "then the name itself"

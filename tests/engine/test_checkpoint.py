@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dynmoe_ds as dm
+from dynmoe_ds.engine.snapshot import take_snapshot
 from dynmoe_ds.errors import CheckpointError, DivergenceError
 from dynmoe_ds.routing import BudgetConfig
 from tests.helpers.models import TinyModel, batch, deepspeed_config, gathered, shard, train
@@ -260,6 +261,48 @@ def before_the_first_step(rank: int, world_size: int, folder: str) -> tuple[list
 def test_a_checkpoint_of_no_step_has_no_moments(tmp_path: Path) -> None:
     got, want = run_ranks(before_the_first_step, 2, f"{tmp_path}")[0]
     assert got == want
+
+
+def all_that_is_noted(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """What an engine knows besides its weights, in the one that wrote a checkpoint and in one that read it."""
+
+    def known(engine: Any) -> list[Any]:
+        seeds = [layer.seed for layer in engine.layers.values()]
+        lives = [engine.lives.of(name) for name in engine.layers]
+        return [seeds, lives, engine.layers_known_full, engine.get_lr(), engine.global_steps]
+
+    first = make(1, 2)
+    train(first, range(4), rank, world_size)  # with an adaptation, of which nobody has taken notice
+    first.set_lr(3e-3)
+    first.layers_known_full = {"moe.1"}
+    first.save_checkpoint(folder)
+    want = known(first)
+    second = make(1, 2)
+    for layer in second.layers.values():
+        layer.seed = 5
+    second.load_checkpoint(folder)
+    got = known(second)
+    tensors = take_snapshot(first, None).tensors
+    train(first, range(4, 5), rank, world_size)
+    first.load_checkpoint(folder)
+    return {
+        "want": want,
+        "got": got,
+        "again": [first.take_events(), first.last_loads(), first.gradient_norm()],
+        "sizes": {name: tensor.numel() for name, tensor in tensors.items()},
+    }
+
+
+def test_what_is_noted_goes_on_and_replicas_share_the_writing(tmp_path: Path) -> None:
+    found = run_ranks(all_that_is_noted, 2, f"{tmp_path}")
+    for of_rank in found:
+        assert of_rank["got"] == of_rank["want"]
+        assert of_rank["again"] == [[], {}, None], "of the steps after the checkpoint"
+    seeds, lives, *_ = found[0]["want"]
+    assert seeds == [100, 101] and any(life["born"] == 4 for life in lives[0].values())
+    first, second = (of_rank["sizes"] for of_rank in found)
+    assert not first.keys() & second.keys()
+    assert 0.5 < sum(first.values()) / sum(second.values()) < 2
 
 
 # Errors

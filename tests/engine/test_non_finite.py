@@ -215,12 +215,16 @@ def broken_weight(rank: int, world_size: int, stage: int) -> str:
     return error_of(engine, 1, rank, world_size)
 
 
-def in_a_row(rank: int, world_size: int) -> tuple[list[str], int]:
+def in_a_row(rank: int, world_size: int, folder: str) -> tuple[list[str], int, str]:
+    """Errors of faulty steps, how many were left out, and the error of one more after going back to a checkpoint."""
     engine = make(2, on_non_finite="skip_step")
+    engine.save_checkpoint(f"{folder}/row")
     errors = [error_of(engine, step, rank, world_size, ("loss", NAN)) for step in range(3)]
     errors.append(error_of(engine, 3, rank, world_size))
     errors += [error_of(engine, step, rank, world_size, ("loss", NAN)) for step in range(4, 15)]
-    return errors, engine.skipped_steps
+    num_left_out = engine.skipped_steps
+    engine.load_checkpoint(f"{folder}/row")
+    return errors, num_left_out, error_of(engine, 0, rank, world_size, ("loss", NAN))
 
 
 def finite(rank: int, world_size: int) -> tuple[int, int]:
@@ -280,7 +284,7 @@ def refused(rank: int, world_size: int) -> list[str]:
 def special_cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     return {
         "weights": [broken_weight(rank, world_size, stage) for stage in (0, 1, 2, 3)],
-        "row": in_a_row(rank, world_size),
+        "row": in_a_row(rank, world_size, folder),
         "finite": finite(rank, world_size),
         "scheduled": scheduled(rank, world_size, folder),
         "checkpointed": checkpointed(rank, world_size),
@@ -303,9 +307,10 @@ def test_weights_that_are_not_finite_stop_the_run_at_once(special: dict[str, Any
 
 
 def test_more_than_ten_in_a_row_stop_the_run(special: dict[str, Any]) -> None:
-    errors, num_left_out = special["row"]
+    errors, num_left_out, error_after_going_back = special["row"]
     assert not any(errors[:-1]) and num_left_out == 13
     assert "The updates of the 10 steps before were left out already." in errors[-1]
+    assert not error_after_going_back, "a checkpoint is a new beginning"
 
 
 def test_what_is_finite_or_not_trained_on_is_left_alone(special: dict[str, Any]) -> None:

@@ -94,6 +94,17 @@ def test_halves_share_the_load_and_the_others_keep_their_tokens(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_halves_of_a_softmax_share_the_load(options):
+    # The others' scores change with the number of experts, so that they need not keep every token.
+    router, hidden = make(**{**options, "score": "softmax"}), tokens(400)
+    before = router(hidden, active(*LIVE), None).mask
+    carry_out(router, hidden, before[:, PARENT])
+    load = int(before[:, PARENT].sum())
+    assert 20 < load < 380
+    assert router(hidden, active(*LIVE, CHILD), None).mask[:, [PARENT, CHILD]].sum(0).tolist() == [load // 2, load // 2]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_second_split_starts_from_what_the_first_has_left(options):
     router, hidden = make(**options), tokens(400)
     first = router(hidden, active(*LIVE), None).mask

@@ -28,8 +28,8 @@ SPOILT = (1, 7)
 FILES = ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl")
 
 
-def config(folder: Path | str, policy: str) -> RunConfig:
-    """Adaptations after steps 4, 8 and 12, checkpoints after 3, 6, 9 and 12, log lines after every step.
+def config(folder: Path | str, policy: str, log_every_steps: int = 1) -> RunConfig:
+    """Adaptations after steps 4, 8 and 12, checkpoints after 3, 6, 9 and 12, log lines after every step or as said.
 
     A short text, since the tokenizer is learnt anew in every run.
     """
@@ -45,7 +45,7 @@ def config(folder: Path | str, policy: str) -> RunConfig:
         parallel__num_ranks=2,
         parallel__ep_size=2,
         parallel__zero_stage=2,
-        training__log_every_steps=1,
+        training__log_every_steps=log_every_steps,
         training__on_non_finite=policy,
         checkpoint=CheckpointConfig(every_steps=3, keep=2),
     )
@@ -105,14 +105,14 @@ def error_of(trainer: Trainer) -> str:
 
 
 def all_runs(rank: int, world_size: int, folder: str) -> dict[str, str]:
-    def run(name: str, policy: str, spoil: Callable[[Trainer, int], None]) -> str:
-        return error_of(spoilt(config(f"{folder}/{name}", policy), rank, spoil))
+    def run(name: str, policy: str, spoil: Callable[[Trainer, int], None], log_every_steps: int = 1) -> str:
+        return error_of(spoilt(config(f"{folder}/{name}", policy, log_every_steps), rank, spoil))
 
     return {
         "skipped": run("skipped", "skip_step", spoil_batches(SPOILT)),
         "rolled back": run("rolled back", "roll_back", spoil_batches(SPOILT)),
-        "undisturbed": run("undisturbed", "roll_back", spoil_batches(())),
-        "repaired": run("repaired", "roll_back", break_a_weight_once(7)),
+        "undisturbed": run("undisturbed", "roll_back", spoil_batches(()), 5),
+        "repaired": run("repaired", "roll_back", break_a_weight_once(7), 5),  # a step after the last log line
         "stopped": run("stopped", "stop", spoil_batches(SPOILT)),
         "broken": run("broken", "skip_step", break_a_weight_once(7)),
         "hopeless": run("hopeless", "roll_back", spoil_batches(range(4, 12))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -28,10 +29,16 @@ def config(folder: Path | str, asynchronous: bool = False, **values: Any) -> Run
     return small_run(folder, parallel__num_ranks=2, parallel__ep_size=2, checkpoint=checkpoint, **values)
 
 
-def train(rank: int, world_size: int, run: RunConfig) -> int:
-    trainer = Trainer(run)
+def train(rank: int, world_size: int, run: RunConfig, asked_after: int | None = None) -> int:
+    """The step it went on from. It is asked to stop after as many steps of its own, if at all."""
+    num_steps = itertools.count(1)
+    trainer = Trainer(run, should_stop=lambda: next(num_steps) == asked_after)
     trainer.run()
     return trainer.first_step
+
+
+def train_each(rank: int, world_size: int, *runs: RunConfig) -> list[int]:
+    return [train(rank, world_size, run) for run in runs]
 
 
 def die_at(rank: int, world_size: int, run: RunConfig, step: int) -> None:
@@ -99,7 +106,8 @@ def test_a_finished_run_goes_on_with_more_steps_on_another_layout(tmp_path: Path
     folder = tmp_path / "longer"
     shutil.copytree(undisturbed, folder)
     longer = small_run(folder, training__steps=15, training__micro_batch_size=8, checkpoint=config(folder).checkpoint)
-    assert run_ranks(train, 1, longer, timeout_s=120) == [12]
+    # At its last step a run is not stopped: it comes to its end.
+    assert run_ranks(train, 1, longer, 3, timeout_s=120) == [12]
     steps = [line["step"] for line in lines(folder, "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == 15
     assert finished_steps(folder) == 15
@@ -108,7 +116,9 @@ def test_a_finished_run_goes_on_with_more_steps_on_another_layout(tmp_path: Path
 def test_a_finished_run_is_not_run_again(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "finished"
     shutil.copytree(undisturbed, folder)
-    assert run_ranks(train, 2, config(folder), timeout_s=120) == [12, 12]
+    shorter = config(folder, training__steps=9)
+    assert run_ranks(train_each, 2, config(folder), shorter, timeout_s=120) == [[12, 12], [12, 12]]
+    assert finished_steps(folder) == 12
     for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step-00000012/manifest.json"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
