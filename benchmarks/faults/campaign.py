@@ -167,7 +167,11 @@ def run_and_kill(folder: Path, number: int, num_kills: int, training_s: float, d
         if not attempt.wait_for(moment, draw.uniform(0, delay_s)) or victim not in (members := attempt.members()):
             attempt.end()
             continue
-        members[victim].send_signal(number_of_signal)
+        try:
+            members[victim].send_signal(number_of_signal)
+        except psutil.NoSuchProcess:  # it has ended this very moment
+            attempt.end()
+            continue
         in_save = any(folder.glob("checkpoints/.step-*.incomplete"))
         step, latest = logged_step(folder), latest_step(folder)
         code, gone_s, left_behind = attempt.end()
@@ -191,7 +195,7 @@ def differences(folder: Path, undisturbed: Path) -> list[str]:
     """What a run wrote otherwise than an undisturbed one, clocks apart; empty for nothing.
 
     A run that is asked to stop logs the step at which it does. The means over the steps around it are other means then,
-    and only what was measured at one step is compared.
+    and so are the loads; only what was measured at one step is compared.
     """
     found = []
     for name in ("model/model.safetensors", "sample.txt"):
@@ -207,6 +211,13 @@ def differences(folder: Path, undisturbed: Path) -> list[str]:
         is_mean_of_same = before == other_before
         keys = [key for key in other if key not in CLOCKS and (is_mean_of_same or key.startswith("eval/loss"))]
         found += [f"{key} at step {step}" for key in keys if line.get(key) != other[key]]
+    here, there = (_by_step(run / "experts.jsonl") for run in (folder, undisturbed))
+    if missing := there.keys() - here.keys():
+        found.append(f"experts.jsonl lacks steps {sorted(missing)}")
+    for step in sorted(there.keys() & here.keys()):
+        (before, line), (other_before, other) = here[step], there[step]
+        if before == other_before and line != other:
+            found.append(f"experts.jsonl at step {step}")
     return found
 
 

@@ -11,7 +11,8 @@ LINE_LENGTH = 100
 EXIT_CODES = """exit codes:
   0  done      1  failed      130  interrupted
   2  a fault in the command, the configuration or the data, or NaN in the training
-  85  stopped by SIGUSR1, SIGTERM or a closed terminal after writing a checkpoint: the same command goes on
+  85  stopped by SIGUSR1, SIGTERM or a closed terminal after writing a checkpoint: the same command goes on,
+      unless checkpoint.resume=never
   143 or 129  ended by SIGTERM or a closed terminal without one: it was not written within 25 s
 """
 

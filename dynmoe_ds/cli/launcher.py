@@ -230,7 +230,10 @@ def _exit_code(code: int, noted: str, received: Sequence[int], *, left_behind: b
         return 0
     if received:
         name = signal.Signals(received[0]).name
-        _say(f"dynmoe: ended by {name}. No checkpoint was written; the same command goes on from the one before.")
+        _say(
+            f"dynmoe: ended by {name}. No checkpoint was written; the same command goes on from the one before, if "
+            "there is one and checkpoint.resume is auto."
+        )
         return 128 + received[0]
     if left_behind:
         return code if code > 0 else 1

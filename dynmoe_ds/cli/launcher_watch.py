@@ -25,16 +25,23 @@ front end needs some of that to end what has not ended by itself."""
 
 _EVERY_S = 1.0
 
+_MODULES = frozenset(
+    {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
+)
+_SCRIPTS = frozenset({"deepspeed", "torchrun"})
+
 
 def find_launchers(environment: Mapping[str, str]) -> list[psutil.Process] | None:
-    """The processes above this one that started it: DeepSpeed's two, and the front end; None if that one has gone.
+    """The processes above this one that started it, nearest first; None if the front end has gone.
+
+    They are the front end, DeepSpeed's two, and torchrun's, by either of its other names, too.
 
     Others are not looked at: a shell that has started ranks by hand may end before they do.
     """
     front = environment.get(FRONT_PID_VARIABLE)
     found: list[psutil.Process] = []
     process = psutil.Process().parent()
-    while process is not None and (f"{process.pid}" == front or _is_deepspeed(process)):
+    while process is not None and (f"{process.pid}" == front or _is_launcher(process)):
         found.append(process)
         process = process.parent()
     return None if front is not None and all(f"{one.pid}" != front for one in found) else found
@@ -61,13 +68,13 @@ def _watch(launchers: Sequence[psutil.Process], ask_to_stop: Callable[[], None],
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _is_deepspeed(process: psutil.Process) -> bool:
-    """Whether it is `deepspeed`, `deepspeed.launcher.runner` or `deepspeed.launcher.launch`."""
+def _is_launcher(process: psutil.Process) -> bool:
+    """Whether its command line begins as that of a launcher, as a script or as `python -m MODULE`."""
     try:
         words = process.cmdline()[:5]
     except psutil.Error:
         return False
-    return any(word.startswith("deepspeed.launcher.") or word.rpartition("/")[2] == "deepspeed" for word in words)
+    return any(word in _MODULES or word.rpartition("/")[2] in _SCRIPTS for word in words)
 
 
 def _is_running(process: psutil.Process) -> bool:

@@ -117,7 +117,7 @@ def _lost_rank(error: Exception) -> str | None:
     return (
         f"{described} What that rank or the launcher said last may tell why; one that said nothing may have run out of "
         "memory. parallel.process_group_timeout_s is how long ranks wait for each other. The same command goes on from "
-        "the latest checkpoint, if there is one."
+        "the latest checkpoint, if there is one and checkpoint.resume is auto."
     )
 
 

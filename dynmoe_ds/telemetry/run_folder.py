@@ -48,9 +48,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir is {self.path}, which is a file. Give the path of a folder.")
         self.path.mkdir(parents=True, exist_ok=True)
+        earlier = read_metrics(self.path)  # before anything is changed: it may raise
         for name in LINE_FILES:
             _repair_last_line(self.path / name)
-        earlier = read_metrics(self.path)
         self._time_before_s = float(earlier[-1]["time_s"]) if earlier else 0.0
         self._opened_s = time.monotonic()
         self._files = {name: _open_for_append(self.path / name) for name in LINE_FILES}
@@ -93,12 +93,13 @@ class RunFolder:
         """Drop every line after `step`, for a run that resumes from a checkpoint of that step.
 
         Without it the steps between the checkpoint and the crash would stand in the files twice.
+        Raises: DataError for a line that cannot be read, with every file as it was.
         """
+        lines = {name: _read_lines(self.path / name, _any_fault) for name in LINE_FILES}
         for name, file in self._files.items():
             file.close()
-            kept = [line for line in _read_lines(self.path / name, _any_fault) if line["step"] <= step]
             aside = self.path / f"{name}.new"
-            aside.write_bytes(b"".join(_encode(line) for line in kept))
+            aside.write_bytes(b"".join(_encode(line) for line in lines[name] if line["step"] <= step))
             aside.replace(self.path / name)
         self._files = {name: _open_for_append(self.path / name) for name in LINE_FILES}
 

@@ -29,7 +29,16 @@ def train(config: RunConfig, should_stop: Callable[[], bool] | None = None) -> N
         # Rank 0 draws its report, and as soon as one rank has left the launcher stops the others.
         dist.barrier()
         if dist.get_rank() == 0:
-            logger.info("%s The same command with the same run_dir goes on from there.", stopped)
+            logger.info("%s %s", stopped, _how_to_go_on(config))
         raise SystemExit(EXIT_PREEMPTED) from stopped
     # Only after success: after a failure the other ranks may still be inside a collective.
     dist.destroy_process_group()
+
+
+def _how_to_go_on(config: RunConfig) -> str:
+    if config.checkpoint.resume == "auto":
+        return "The same command with the same run_dir goes on from there."
+    return (
+        f"checkpoint.resume is {config.checkpoint.resume}, so the same command will refuse this run_dir; with "
+        "checkpoint.resume=auto it goes on from there."
+    )

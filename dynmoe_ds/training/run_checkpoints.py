@@ -6,16 +6,15 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
-from dynmoe_ds.checkpoint.store import list_checkpoints, remove_old
+from dynmoe_ds.checkpoint.store import find_checkpoint, list_checkpoints, open_checkpoint, remove_old
 from dynmoe_ds.config.schema import CheckpointConfig
-from dynmoe_ds.distributed import assert_same_on_all_ranks
+from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
 from dynmoe_ds.engine import Engine
-from dynmoe_ds.errors import CheckpointError, DivergenceError
+from dynmoe_ds.errors import CheckpointError, DataError, DivergenceError
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, FINISHED_FILE
 
 logger = logging.getLogger(__name__)
@@ -44,15 +43,11 @@ class RunCheckpoints:
     def resume(self) -> int:
         """Go on from the latest checkpoint if there is one and `resume` is `auto`; the optimiser steps taken so far.
 
-        Collective: every rank. Raises: CheckpointError on every rank for a checkpoint that cannot be used,
-        DivergenceError if the ranks do not see the same checkpoints.
+        Collective: every rank. Raises: as `go_back` and `are_there`.
         """
-        present = list(list_checkpoints(self.folder)) if self.config.resume == "auto" else []
-        advice = "The run folder must be on a disk that all ranks share."
-        assert_same_on_all_ranks("the checkpoints that are there", {f"{self.folder}": present}, advice=advice)
-        if not present:
+        if self.config.resume != "auto" or not self.are_there():
             return 0
-        path, _ = self._engine.load_checkpoint(self.folder)
+        path = self.go_back()
         if dist.get_rank() == 0:
             logger.info("Going on from %s.", path)
         return self._engine.global_steps
@@ -60,16 +55,37 @@ class RunCheckpoints:
     def go_back(self) -> Path:
         """Load the latest checkpoint, which is another one if a write in the background has failed; its path.
 
-        Collective: every rank. Raises: CheckpointError on every rank if there is none that can be used.
+        Collective: every rank. Raises: CheckpointError on every rank for one that cannot be used, with what to do about
+        it if it is damaged.
         """
         self.settle()
-        path, _ = self._engine.load_checkpoint(self.folder)
+        try:
+            path, _ = self._engine.load_checkpoint(self.folder)
+        except (CheckpointError, DivergenceError) as error:
+            if advice := self._advice_if_damaged():
+                raise CheckpointError(f"{error} {advice}") from error
+            raise
         return path
 
     def are_there(self) -> bool:
-        """Whether there is a checkpoint. Collective: every rank, so that all see the same."""
-        present = torch.tensor(float(bool(list_checkpoints(self.folder))), device=self._engine.device)
-        dist.all_reduce(present, op=dist.ReduceOp.MIN)
+        """Whether there is a checkpoint.
+
+        Collective: every rank. Raises: CheckpointError if a rank cannot read the folder, on the others a
+        DivergenceError that quotes it; DivergenceError if the ranks do not see the same checkpoints.
+        """
+        present: list[int] = []
+        error: Exception | None = None
+        try:
+            present = list(list_checkpoints(self.folder))
+        except OSError as caught:
+            error = CheckpointError(
+                f"The checkpoints in {self.folder} cannot be listed: {caught.strerror}. All ranks must be able to read "
+                "the run folder."
+            )
+            error.__cause__ = caught
+        raise_together(error)
+        advice = "The run folder must be on a disk that all ranks share."
+        assert_same_on_all_ranks("the checkpoints that are there", {f"{self.folder}": present}, advice=advice)
         return bool(present)
 
     def is_due(self, done: int) -> bool:
@@ -111,6 +127,32 @@ class RunCheckpoints:
             except OSError as error:
                 logger.warning("Old checkpoints in %s cannot be removed: %s.", self.folder, error.strerror)
 
+    def settle_at_the_end(self) -> None:
+        """As `settle`, in a run that ends by an error, which no error of the save may hide."""
+        try:
+            self.settle()
+        except Exception as error:
+            logger.warning("The checkpoint in the background did not come to its end: %s", error)
+
+    def _advice_if_damaged(self) -> str:
+        """How to do without the latest checkpoint if a rank finds it damaged; nothing if it is of another model.
+
+        Nobody is asked to delete it, and none is passed over by itself: how much work that loses is for people to see.
+        Collective: every rank.
+        """
+        advice, is_damaged = "", False
+        try:
+            path = find_checkpoint(self.folder)
+            others = [other.name for other in list_checkpoints(self.folder).values() if other.name != path.name]
+            then = f"goes on from {others[-1]}" if others else "begins anew, since there is no other"
+            advice = f"To go on without it, move {path} away: the same command then {then}."
+            open_checkpoint(path, dist.get_rank(), dist.get_world_size())
+        except Exception:  # the error at hand says what it is
+            is_damaged = True
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (is_damaged, advice))
+        return max(advice for _, advice in everyone) if any(damaged for damaged, _ in everyone) else ""
+
 
 def clear_results(run_dir: str | Path, *names: str) -> None:
     """Remove the mark and the folders `names` that an earlier end of a run has left, which this end writes anew."""
@@ -125,13 +167,21 @@ def mark_finished(run_dir: str | Path, steps: int) -> None:
 
 
 def finished_steps(run_dir: str | Path) -> int | None:
-    """The optimiser steps of the run that came to its end in this folder; None if none did."""
+    """The optimiser steps of the run that came to its end in this folder; None if none did.
+
+    A mark that is cut off counts as none: the run died at its very end. Raises: DataError for one that cannot be read.
+    """
+    path = Path(run_dir) / FINISHED_FILE
     try:
-        return int(json.loads((Path(run_dir) / FINISHED_FILE).read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Make it readable: it says whether the run has come to its end."
+        ) from error
 
 
 def _report(error: Exception) -> None:
     if dist.get_rank() == 0:
-        logger.warning("No checkpoint was written, training goes on: %s", error)
+        logger.warning("No checkpoint was written: %s", error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import torch.distributed as dist
@@ -18,26 +18,24 @@ from dynmoe_ds.training.tasks import Task
 
 
 class RunLog:
-    """The run folder and the trackers of a run.
+    """The run folder and the trackers of a run that begins after optimiser step `first_step`.
 
-    Collective: construction, so that all ranks learn of a folder that rank 0 cannot write, and `log`.
+    What an earlier part of the run wrote after that step is dropped: made only when it is certain that the run goes on.
+    Collective: construction and `rewind`, so that all ranks learn of a folder that rank 0 cannot use, and `log`.
     """
 
-    def __init__(self, config: RunConfig, task: Task, stream: TextIO | None) -> None:
+    def __init__(self, config: RunConfig, task: Task, stream: TextIO | None, first_step: int) -> None:
         self._folder: RunFolder | None = None
         self._trackers: list[Tracker] = []
-        error: Exception | None = None
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            try:
-                self._open(config, task, stream)
-            except Exception as caught:
-                error = caught
-        raise_together(error)
+        on_first_rank(lambda: self._open(config, task, stream, first_step))
 
     def rewind(self, step: int) -> None:
-        """Drop what an earlier part of this run wrote after optimiser step `step`, from which it goes on."""
-        if self._folder is not None:
-            self._folder.rewind(step)
+        """Drop what this run wrote after optimiser step `step`, from which it goes on.
+
+        Collective: every rank. Raises: on every rank what rank 0 raises, such as DataError for a broken line.
+        """
+        folder = self._folder
+        on_first_rank(lambda: None if folder is None else folder.rewind(step))
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         """Reduce `metrics` over all ranks and record them for optimiser step `step`, from 1. Collective: every rank."""
@@ -69,8 +67,9 @@ class RunLog:
             self._folder.close()
             write_report(self._folder.path)
 
-    def _open(self, config: RunConfig, task: Task, stream: TextIO | None) -> None:
+    def _open(self, config: RunConfig, task: Task, stream: TextIO | None, first_step: int) -> None:
         self._folder = RunFolder(config.run_dir)
+        self._folder.rewind(first_step)
         if config.checkpoint.every_steps is not None:
             # By this a folder is known as one of a run that can be resumed, also before its first checkpoint.
             (self._folder.path / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
@@ -87,3 +86,17 @@ class RunLog:
             wandb_project=config.telemetry.wandb_project,
             stream=stream,
         )
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; the others wait for it, and no longer than it takes to fail.
+
+    Collective: every rank. Raises: what rank 0 raises, on the others a DivergenceError that quotes it.
+    """
+    error: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    raise_together(error)

@@ -17,18 +17,18 @@ from dynmoe_ds.adaptation import alarms
 from dynmoe_ds.config.deepspeed_json import to_deepspeed
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.config.validate import find_faults
-from dynmoe_ds.data import TrainingOrder
+from dynmoe_ds.data import TrainingOrder, from_rank_zero
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
-from dynmoe_ds.errors import ConfigError, NonFiniteError
+from dynmoe_ds.errors import ConfigError, DynMoEError, NonFiniteError
 from dynmoe_ds.export import save_model
 from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
-from dynmoe_ds.training.run_log import RunLog
+from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
 from dynmoe_ds.training.tasks import build_task
 
@@ -54,8 +54,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self._should_stop = should_stop
-        timeout_s = config.parallel.process_group_timeout_s
-        init_distributed(timeout_s)
+        init_distributed(config.parallel.process_group_timeout_s)
         faults = find_faults(config, check_files=dist.get_rank() == 0)
         if dist.get_world_size() != config.parallel.num_ranks:
             faults.append(
@@ -63,10 +62,17 @@ class Trainer:
                 "Change one of the two."
             )
         raise_together(ConfigError(faults) if faults else None)
+        finished = from_rank_zero(lambda: finished_steps(config.run_dir))
+        self.is_finished = finished is not None and finished >= config.training.steps
+        self.first_step = finished or 0
+        if not self.is_finished:
+            self._build(stream)
+
+    def _build(self, stream: TextIO | None) -> None:
+        """Everything that training needs. The run folder last: a run that is refused leaves it as it was."""
+        config, timeout_s = self.config, self.config.parallel.process_group_timeout_s
         self.task = build_task(config)
         self.training_order = _training_order(config, len(self.task.train))
-        self.run_log = RunLog(config, self.task, stream)
-
         model = self.task.build_model()
         self.parameter_count = count_parameters(model, config.parallel.ep_size)
         self.flop_count = count_flops(model, self.task.tokens_per_example)
@@ -81,8 +87,8 @@ class Trainer:
         )
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
+        self.run_log = RunLog(config, self.task, stream, self.first_step)
         self._rolled_back: list[int] = []
-        self.run_log.rewind(self.first_step)
         self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)
         self._layers_warned_about: set[str] = set()
@@ -91,15 +97,19 @@ class Trainer:
         """Train, evaluate and log; at the end write model, sample and report. An interrupt keeps what was written.
 
         A step is logged every `log_every_steps` steps, whenever it is evaluated or saved, and at the end. A run that is
-        resumed begins after the step of its latest checkpoint.
+        resumed begins after the step of its latest checkpoint. One that has come to its end already is left alone.
         Collective: every rank. Raises: KeyboardInterrupt, after an orderly end; Preempted when it was asked to stop;
         NonFiniteError where `training.on_non_finite` says so, or cannot help any more.
         """
         steps, training = self.config.training.steps, self.config.training
-        if (finished := finished_steps(self.run_dir)) is not None and finished >= steps:
+        if self.is_finished:
             if dist.get_rank() == 0:
-                logger.info("%s has come to its end after %d steps already.", self.run_dir, finished)
-            self.run_log.close()
+                logger.info(
+                    "%s holds a run that has come to its end after %d steps: nothing to do. With more training.steps "
+                    "it goes on from its latest checkpoint, if there is one; another run needs another run_dir.",
+                    self.run_dir,
+                    self.first_step,
+                )
             return
         self._announce()
         self.engine.train()
@@ -129,22 +139,28 @@ class Trainer:
                     self.checkpoints.save()
                 if is_stopping:
                     self.checkpoints.save_and_stop()
-            self.checkpoints.settle()
-            if dist.get_rank() == 0:
-                clear_results(self.run_dir, MODEL_FOLDER)
-            dist.barrier()
-            if training.save_model:
-                save_model(self.engine, Path(self.run_dir) / MODEL_FOLDER)
-            text = self.task.sample(self.engine)
-            if text is not None:
-                self.run_log.sample(text)
-            if dist.get_rank() == 0:
-                mark_finished(self.run_dir, steps)
+            self._finish()
         except KeyboardInterrupt:
             logger.warning("Interrupted after %d of %d steps. What was written is in %s.", done, steps, self.run_dir)
             raise
+        except DynMoEError:
+            # Every rank is there to end the save in the background: one that is gone shows in errors of torch's own.
+            self.checkpoints.settle_at_the_end()
+            raise
         finally:
             self.run_log.close()
+
+    def _finish(self) -> None:
+        """Leave the trained model, a sample and the mark of a run that has come to its end. Collective: every rank."""
+        self.checkpoints.settle()
+        on_first_rank(lambda: clear_results(self.run_dir, MODEL_FOLDER))
+        if self.config.training.save_model:
+            save_model(self.engine, Path(self.run_dir) / MODEL_FOLDER)
+        text = self.task.sample(self.engine)
+        if text is not None:
+            self.run_log.sample(text)
+        if dist.get_rank() == 0:
+            mark_finished(self.run_dir, self.config.training.steps)
 
     @property
     def run_dir(self) -> str:

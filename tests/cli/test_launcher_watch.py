@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from dynmoe_ds.cli.launcher_watch import find_launchers
 
@@ -44,9 +45,12 @@ def test_the_front_end_is_found_and_others_are_not_watched() -> None:
     assert find_launchers({"DYNMOE_FRONT_PID": f"{os.getpid()}"}) is None, "not above this process: gone"
 
 
-def test_deepspeeds_processes_are_known_by_their_command_line() -> None:
+@pytest.mark.parametrize(
+    "name", ["deepspeed.launcher.launch", "/usr/bin/torchrun", "torch.distributed.run", "torch.distributed.launch"]
+)
+def test_launchers_are_known_by_their_command_line(name: str) -> None:
     script = "from dynmoe_ds.cli.launcher_watch import find_launchers; print([p.pid for p in find_launchers({})])"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
-    command = [sys.executable, "-c", start, "deepspeed.launcher.launch"]
+    command = [sys.executable, "-c", start, name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launch:
         assert launch.communicate(timeout=60)[0] == f"[{launch.pid}]\n"

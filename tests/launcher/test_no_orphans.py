@@ -24,22 +24,31 @@ WITHIN_S = CHECKPOINT_GRACE_S + 15
 class Job:
     """The front end, DeepSpeed's two processes and two ranks, in the middle of a training of several minutes."""
 
-    def __init__(self, folder: Path, *overrides: str, front: bool = True) -> None:
+    def __init__(self, folder: Path, *overrides: str, by: str = "front") -> None:
+        """by: `front`, `deepspeed` or `torchrun`, the launchers themselves."""
         self.folder = folder
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}"}
         verb = ["train", "experiment=smoke", f"run_dir={folder}", "training.steps=100000", "telemetry=disabled"]
         verb += ["checkpoint.every_steps=5000", "training.eval_every_steps=100000", "training.log_every_steps=1"]
         verb += overrides
-        port = ["--master_port", f"{free_port()}"]
-        launcher = ["deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "1", *port]
-        command = ["dynmoe_ds"] if front else [*launcher, "--module", "dynmoe_ds"]
+        port = f"{free_port()}"
+        command = {
+            "front": ["dynmoe_ds"],
+            "deepspeed": [
+                "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "1", "--master_port", port,
+                "--module", "dynmoe_ds",
+            ],
+            "torchrun": [
+                "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--module", "dynmoe_ds",
+            ],
+        }[by]  # fmt: skip
         self.output = folder.with_name("output.txt")
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command, *verb], cwd=ROOT, env=environment, stdout=output, stderr=output
             )
-        self.has_front = front
+        self.has_front = by == "front"
         self.started: set[psutil.Process] = set()
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
@@ -90,8 +99,8 @@ class Job:
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def make(*overrides: str, front: bool = True, wait_for: str = "metrics.jsonl") -> Job:
-        jobs.append(Job(tmp_path / "run", *overrides, front=front))
+    def make(*overrides: str, by: str = "front", wait_for: str = "metrics.jsonl") -> Job:
+        jobs.append(Job(tmp_path / "run", *overrides, by=by))
         path = tmp_path / "run" / wait_for
         jobs[-1].wait_until(lambda: path.exists() and path.stat().st_size > 0)
         return jobs[-1]
@@ -159,8 +168,19 @@ def test_ctrl_c_brings_no_checkpoint(start: Callable[..., Job]) -> None:
 @pytest.mark.launcher
 def test_nothing_outlives_deepspeeds_own_command(start: Callable[..., Job]) -> None:
     """SIGUSR1 kills it, since nobody has told it to ignore that; its ranks write a checkpoint all the same."""
-    job = start("parallel=single", front=False)
+    job = start("parallel=single", by="deepspeed")
     job.process.send_signal(signal.SIGUSR1)
     code, said, _ = job.end()
     assert code == -signal.SIGUSR1
+    assert job.latest() is not None, said
+
+
+@pytest.mark.launcher
+def test_nothing_outlives_torchrun(start: Callable[..., Job]) -> None:
+    """Its agent is the parent of the ranks, and the only process above them."""
+    job = start(by="torchrun")
+    assert len(psutil.Process(job.process.pid).children()) == 2
+    job.process.kill()
+    code, said, _ = job.end()
+    assert code == -signal.SIGKILL
     assert job.latest() is not None, said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,6 +16,7 @@ from tests.helpers.run_config import small_run
 from tests.helpers.spawn import RankFailed, run_ranks
 from tests.training.test_resume import lines
 
+from dynmoe_ds.checkpoint import writer
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import NonFiniteError
@@ -167,6 +169,28 @@ def test_a_run_that_stops_says_where_and_keeps_its_checkpoints(runs: tuple[Path,
     assert "Weights hold NaN or infinity themselves: model.embed_tokens.weight on rank 1." in errors["broken"]
     assert "go back to a checkpoint" in errors["broken"]
     assert (folder / "broken" / "checkpoints" / "latest").read_text() == "step-00000006\n"
+
+
+def fail_while_saving(rank: int, world_size: int, run: RunConfig) -> tuple[str, str, list[str]]:
+    """The error of a run that ends right after a save has begun that takes two seconds, and what is there then."""
+    slow = writer.write_checkpoint
+
+    def write_slowly(*args: Any) -> Path:
+        time.sleep(2.0)
+        return slow(*args)
+
+    writer.write_checkpoint = write_slowly
+    error = error_of(spoilt(run, rank, break_a_weight_once(3)))
+    folder = Path(run.run_dir) / "checkpoints"
+    latest = folder / "latest"
+    return error, latest.read_text() if latest.exists() else "", sorted(p.name for p in folder.iterdir())
+
+
+def test_the_save_in_the_background_is_not_lost_by_a_run_that_ends(tmp_path: Path) -> None:
+    run = config(tmp_path / "run", "stop")
+    for error, latest, names in run_ranks(fail_while_saving, 2, run, timeout_s=120):
+        assert error.startswith(("NaN in optimiser step 4", "Infinity in optimiser step 4")), error
+        assert latest == "step-00000003\n", names
 
 
 def test_a_run_does_not_go_back_for_ever(runs: tuple[Path, dict[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.run_config import small_run
+from tests.helpers.run_config import changed, small_run
 from tests.helpers.spawn import RankFailed, run_ranks
 
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
-from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError
+from dynmoe_ds.errors import DynMoEError
+from dynmoe_ds.training import run_checkpoints
 from dynmoe_ds.training.run_checkpoints import Preempted, finished_steps
 from dynmoe_ds.training.trainer import Trainer
 
@@ -75,6 +77,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
     with pytest.raises(RankFailed):
         run_ranks(die_at, 2, config(folder), step, timeout_s=120)
     assert finished_steps(folder) is None
+    assert {"config.yaml", "versions.json", "tokenizer"} <= {path.name for path in folder.iterdir()}
     assert run_ranks(train, 2, config(folder), timeout_s=120) == [resumed_from, resumed_from]
     for name in ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl"):
         assert lines(folder, name) == lines(undisturbed, name), name
@@ -113,14 +116,57 @@ def test_a_finished_run_goes_on_with_more_steps_on_another_layout(tmp_path: Path
     assert finished_steps(folder) == 15
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path, undisturbed: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {f"{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def changes(folder: Path, before: dict[str, bytes]) -> list[str]:
+    """The files below a folder that are other ones than before, gone or new."""
+    after = contents(folder)
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+@pytest.mark.parametrize("every_steps", [5, 50], ids=["the last steps in no checkpoint", "no checkpoint at all"])
+def test_a_finished_run_is_not_run_again(tmp_path: Path, every_steps: int) -> None:
     folder = tmp_path / "finished"
+    run = changed(config(folder), checkpoint__every_steps=every_steps)
+    assert run_ranks(train, 2, run, timeout_s=120) == [0, 0]
+    before = contents(folder)
+    assert finished_steps(folder) == 12 and lines(folder, "metrics.jsonl")[-1]["step"] == 12
+    shorter = changed(run, training__steps=9)
+    assert run_ranks(train_each, 2, run, shorter, timeout_s=120) == [[12, 12], [12, 12]]
+    assert changes(folder, before) == []
+
+
+def error_where_rank_one_cannot_list(rank: int, world_size: int, run: RunConfig) -> str:
+    def fail(folder: Path) -> dict[int, Path]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if rank == 1:
+        run_checkpoints.list_checkpoints = fail
+    return error_of(rank, world_size, run)
+
+
+def test_what_one_rank_cannot_read_every_rank_reports(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    shorter = config(folder, training__steps=9)
-    assert run_ranks(train_each, 2, config(folder), shorter, timeout_s=120) == [[12, 12], [12, 12]]
-    assert finished_steps(folder) == 12
-    for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step-00000012/manifest.json"):
-        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    longer = config(folder, training__steps=15)
+    first, second = run_ranks(error_where_rank_one_cannot_list, 2, longer, timeout_s=120)
+    assert "rank 1: CheckpointError: The checkpoints in" in first
+    assert second.startswith(f"The checkpoints in {folder / 'checkpoints'} cannot be listed: Input/output error.")
+    (folder / "finished.json").unlink()
+    (folder / "finished.json").mkdir()
+    first, second = run_ranks(error_of, 2, longer, timeout_s=120)
+    assert first == second
+    assert first.startswith(f"{folder / 'finished.json'} cannot be read: Is a directory.")
+    (folder / "finished.json").rmdir()
+    experts = folder / "experts.jsonl"
+    experts.write_text("no JSON\n" + experts.read_text())
+    before = contents(folder)
+    first, second = run_ranks(error_of, 2, longer, timeout_s=120)
+    assert first.startswith(f"{experts}, line 1: not JSON") and first in second
+    assert changes(folder, before) == [], "nothing is dropped or written before everything could be read"
 
 
 def test_a_folder_in_use_is_refused_unless_it_can_be_resumed(tmp_path: Path) -> None:
@@ -142,20 +188,51 @@ def test_values_that_cannot_work(tmp_path: Path) -> None:
     ]
 
 
-def error_of_another_model(rank: int, world_size: int, run: RunConfig) -> str:
+def error_of(rank: int, world_size: int, run: RunConfig) -> str:
     try:
         Trainer(run)
-    except (CheckpointError, DivergenceError, ConfigError) as error:
+    except DynMoEError as error:
         return f"{error}"
     return ""
 
 
-def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("value", [{"model__hidden_size": 48}, {"data__vocab_size": 420}], ids=str)
+def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, undisturbed: Path, value: dict[str, int]) -> None:
     folder = tmp_path / "wider"
     shutil.copytree(undisturbed, folder)
-    for error in run_ranks(error_of_another_model, 2, config(folder, model__hidden_size=48), timeout_s=120):
-        assert "is of another model" in error, error
-    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl"), "nothing is lost by it"
+    for error in run_ranks(error_of, 2, config(folder, training__steps=15, **value), timeout_s=120):
+        assert "is of another model" in error and "move" not in error, error
+    assert changes(folder, contents(undisturbed)) == []
+
+
+def damage(checkpoint: Path) -> None:
+    """One bit of a file that is checked by one of two ranks."""
+    path = checkpoint / "rank_00001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(undisturbed, folder)
+    newest, before = (folder / "checkpoints" / f"step-000000{step}" for step in ("12", "09"))
+    damage(newest)
+    longer, files = config(folder, training__steps=15), contents(folder)
+    for error in run_ranks(error_of, 2, longer, timeout_s=120):
+        assert "rank_00001.pt has changed since it was written" in error, error
+        assert error.endswith(
+            f"To go on without it, move {newest} away: the same command then goes on from {before.name}."
+        )
+    assert changes(folder, files) == []
+
+    newest.rename(tmp_path / newest.name)
+    damage(before)
+    for error in run_ranks(error_of, 2, longer, timeout_s=120):
+        assert error.endswith(f"move {before} away: the same command then begins anew, since there is no other.")
+    shutil.rmtree(before)
+    shutil.copytree(undisturbed / "checkpoints" / before.name, before)
+    assert run_ranks(train, 2, longer, timeout_s=120) == [9, 9]
 
 
 def be_preempted(rank: int, world_size: int, run: RunConfig) -> str:

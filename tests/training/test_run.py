@@ -1,0 +1,45 @@
+"""One run from its configuration to its end: what it says when it was asked to stop, with an exit code."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from tests.helpers.run_config import changed, small_run
+from tests.helpers.spawn import run_ranks
+
+from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.training import run as run_module
+
+
+def stop_after_one_step(rank: int, world_size: int, run: RunConfig) -> tuple[object, str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    run_module.logger.addHandler(handler)
+    run_module.logger.setLevel(logging.INFO)
+    try:
+        run_module.train(run, lambda: True)
+    except SystemExit as leaving:
+        return leaving.code, said[-1]
+    return None, "not stopped"
+
+
+@pytest.mark.parametrize(
+    ("resume", "advice"),
+    [
+        ("auto", "The same command with the same run_dir goes on from there."),
+        (
+            "never",
+            "checkpoint.resume is never, so the same command will refuse this run_dir; with checkpoint.resume=auto it "
+            "goes on from there.",
+        ),
+    ],
+)
+def test_a_run_that_stops_says_how_it_goes_on(tmp_path: Path, resume: str, advice: str) -> None:
+    run = changed(small_run(tmp_path / "run"), checkpoint__resume=resume)
+    [(code, said)] = run_ranks(stop_after_one_step, 1, run, timeout_s=120)
+    path = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert code == 85
+    assert said == f"Stopped after optimiser step 1, as asked. {path} was written. {advice}"
