@@ -197,14 +197,14 @@ class Engine:
         """Give every layer, or the layers named, a pool of another size: memory follows it.
 
         Weights, masters, moments, counters, records and placements are carried over as by a checkpoint, in memory, to a
-        DeepSpeed engine that is made anew: losses go on as if nothing had happened. Experts keep their order and are
-        spread evenly over the slots. It takes about as long as building the engine, and on the host one copy of
-        weights, masters and moments, shared out among the ranks. `engine.module` stays; parameters, optimiser and
-        scheduler are other objects afterwards.
+        DeepSpeed engine that is made anew: losses go on as if nothing had happened. Experts stay on their ranks as far
+        as they fit. It takes about as long as building the engine, and on the host one copy of weights, masters and
+        moments, shared out among the ranks. `engine.module` stays; parameters, optimiser and scheduler are other
+        objects afterwards.
 
         Only between `step()` and the next forward pass. Collective: every rank, with the same sizes. Raises:
-        PlacementError for a size that cannot hold the live experts or be shared by the ranks, SurgeryError for an
-        optimiser that cannot be made anew, DivergenceError if the sizes differ; on every rank, before anything is
+        PlacementError for a size that cannot hold the live experts or be shared by the ranks, SurgeryError or
+        CheckpointError for an optimiser whose state cannot be carried over, DivergenceError if the sizes differ; on every rank, before anything is
         changed.
         """
         self._check_between_steps("The pools were to be resized")
