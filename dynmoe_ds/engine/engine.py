@@ -204,8 +204,8 @@ class Engine:
 
         Only between `step()` and the next forward pass. Collective: every rank, with the same sizes. Raises:
         PlacementError for a size that cannot hold the live experts or be shared by the ranks, SurgeryError or
-        CheckpointError for an optimiser whose state cannot be carried over, DivergenceError if the sizes differ; on every rank, before anything is
-        changed.
+        CheckpointError for an optimiser whose state cannot be carried over, DivergenceError if the sizes differ; on
+        every rank, before anything is changed.
         """
         self._check_between_steps("The pools were to be resized")
         wanted = dict.fromkeys(self._layers, num_slots) if isinstance(num_slots, int) else dict(num_slots)
