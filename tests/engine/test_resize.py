@@ -68,7 +68,7 @@ def resized_and_not(
     found = {}
     for stage in stages:
         found[stage] = []
-        for sizes in (SIZES, {}):
+        for sizes in ({step: -(-size // ep_size) * ep_size for step, size in SIZES.items()}, {}):
             model = TinyModel(ep_size, num_experts=3, num_slots=8)
             engine = dm.initialize(model, deepspeed_config(stage, **options), ADAPTATION)
             found[stage].append(outcome(engine, rank, world_size, sizes, options.get("accumulate", 1)))
@@ -119,9 +119,10 @@ def test_everything_is_carried_bit_for_bit(world_size: int, ep_size: int, bf16: 
         (2, 2, STAGES, {}),
         (2, 2, STAGES, {"bf16": True}),
         (2, 2, STAGES, {"clip": 0.05, "accumulate": 2}),
-        (4, 2, (2, 3), {}),
+        (4, 2, STAGES, {}),
+        (4, 4, (1,), {"bf16": True}),
     ],
-    ids=["1 rank", "EDP 2", "EP 2", "EP 2, bf16", "EP 2, clipped and accumulated", "EP 2 x EDP 2"],
+    ids=["1 rank", "EDP 2", "EP 2", "EP 2, bf16", "EP 2, clipped and accumulated", "EP 2 x EDP 2", "EP 4, bf16"],
 )
 @pytest.mark.timeout(400)
 def test_training_goes_on_as_in_an_undisturbed_run(
