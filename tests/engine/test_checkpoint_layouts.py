@@ -464,7 +464,6 @@ def save_after_loading(rank: int, world_size: int, folder: str) -> list[Any]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="RecordBook.restore keeps the last step of the training before the load")
 def test_the_last_step_of_the_training_before_a_load_is_forgotten(tmp_path: Path) -> None:
     for got, want in run_ranks(save_after_loading, 1, f"{tmp_path}", timeout_s=TIMEOUT_S)[0]:
         assert got in ({}, want)
