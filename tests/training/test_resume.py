@@ -205,6 +205,10 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, undisturbed
     assert changes(folder, contents(undisturbed)) == []
 
 
+def first_step(rank: int, world_size: int, run: RunConfig) -> int:
+    return Trainer(run).first_step
+
+
 def damage(checkpoint: Path) -> None:
     """One bit of a file that is checked by one of two ranks."""
     path = checkpoint / "rank_00001.pt"
@@ -232,7 +236,7 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path: Path, undistu
         assert error.endswith(f"move {before} away: the same command then begins anew, since there is no other.")
     shutil.rmtree(before)
     shutil.copytree(undisturbed / "checkpoints" / before.name, before)
-    assert run_ranks(train, 2, longer, timeout_s=120) == [9, 9]
+    assert run_ranks(first_step, 2, longer, timeout_s=120) == [9, 9]
 
 
 def be_preempted(rank: int, world_size: int, run: RunConfig) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
-import pytest
 from tests.helpers.run_config import changed, small_run
 from tests.helpers.spawn import run_ranks
 
@@ -26,20 +27,19 @@ def stop_after_one_step(rank: int, world_size: int, run: RunConfig) -> tuple[obj
     return None, "not stopped"
 
 
-@pytest.mark.parametrize(
-    ("resume", "advice"),
-    [
-        ("auto", "The same command with the same run_dir goes on from there."),
-        (
-            "never",
-            "checkpoint.resume is never, so the same command will refuse this run_dir; with checkpoint.resume=auto it "
-            "goes on from there.",
-        ),
-    ],
-)
-def test_a_run_that_stops_says_how_it_goes_on(tmp_path: Path, resume: str, advice: str) -> None:
-    run = changed(small_run(tmp_path / "run"), checkpoint__resume=resume)
-    [(code, said)] = run_ranks(stop_after_one_step, 1, run, timeout_s=120)
-    path = tmp_path / "run" / "checkpoints" / "step-00000001"
-    assert code == 85
-    assert said == f"Stopped after optimiser step 1, as asked. {path} was written. {advice}"
+def test_a_run_that_stops_says_how_it_goes_on(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(list(topics.values())[:8]))  # a short one, since the tokenizer is learnt in every run
+    short: dict[str, Any] = {"data__name": "text_file", "data__path": f"{text}"}
+    short |= {"training__sample_prompt": "", "training__sample_tokens": 0}
+    advice = {
+        "auto": "The same command with the same run_dir goes on from there.",
+        "never": "checkpoint.resume is never, so the same command will refuse this run_dir; with "
+        "checkpoint.resume=auto it goes on from there.",
+    }
+    for resume, sentence in advice.items():
+        run = changed(small_run(tmp_path / resume, **short), checkpoint__resume=resume)
+        [(code, said)] = run_ranks(stop_after_one_step, 1, run, timeout_s=120)
+        path = tmp_path / resume / "checkpoints" / "step-00000001"
+        assert code == 85
+        assert said == f"Stopped after optimiser step 1, as asked. {path} was written. {sentence}"
