@@ -109,7 +109,8 @@ class Engine:
         self._gradient_norm: float | None = None
         self.layers_known_full: set[str] = set()
         self.lives = ExpertLives(self.placements())
-        self._writer: CheckpointWriter | None = None
+        # Its process group now, since a store that is gone later, such as torchrun's, makes no groups any more.
+        self._writer = CheckpointWriter()
         self._host_group: dist.ProcessGroup | None = None
         self.last_aux_loss: Tensor = torch.zeros(())
         self._watch = NonFiniteWatch()
@@ -368,7 +369,7 @@ class Engine:
         if it cannot be written; training can go on.
         """
         self._check_between_steps("A checkpoint was asked for")
-        writer = self._checkpoint_writer()
+        writer = self._writer
         self._wait_for_earlier(writer)
         attempt_together(self.masters.check_states, writer.group)
         snapshot = take_snapshot(self, client_state)
@@ -380,8 +381,7 @@ class Engine:
 
         Collective: every rank. Raises: CheckpointError on every rank if it could not be written.
         """
-        if self._writer is not None:
-            self._writer.wait()
+        self._writer.wait()
 
     def load_checkpoint(self, folder: str | Path, step: int | None = None) -> tuple[Path, Any]:
         """Go on from a checkpoint in `folder`: the one after optimiser step `step`, by default the latest.
@@ -396,7 +396,7 @@ class Engine:
         pools that are too small.
         """
         self._check_between_steps("A checkpoint was asked for")
-        writer = self._checkpoint_writer()
+        writer = self._writer
         self._wait_for_earlier(writer)
         checkpoint = attempt_together(
             lambda: open_checkpoint(find_checkpoint(Path(folder), step), dist.get_rank(), dist.get_world_size()),
@@ -438,12 +438,6 @@ class Engine:
         except (CheckpointError, DivergenceError) as error:
             if dist.get_rank() == 0:
                 _log.warning("The checkpoint before was not written: %s", error)
-
-    def _checkpoint_writer(self) -> CheckpointWriter:
-        """Collective at the first call: every rank."""
-        if self._writer is None:
-            self._writer = CheckpointWriter()
-        return self._writer
 
     def _check_between_steps(self, what: str) -> None:
         """Raises: CheckpointError in the middle of an optimiser step; every rank is at the same place."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dynmoe_ds.checkpoint.store import find_checkpoint, list_checkpoints, open_checkpoint, remove_old
 from dynmoe_ds.config.schema import CheckpointConfig
-from dynmoe_ds.distributed import assert_same_on_all_ranks, raise_together
+from dynmoe_ds.distributed import assert_same_on_all_ranks, attempt_together
 from dynmoe_ds.engine import Engine
 from dynmoe_ds.errors import CheckpointError, DataError, DivergenceError
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, FINISHED_FILE
@@ -73,17 +73,7 @@ class RunCheckpoints:
         Collective: every rank. Raises: CheckpointError if a rank cannot read the folder, on the others a
         DivergenceError that quotes it; DivergenceError if the ranks do not see the same checkpoints.
         """
-        present: list[int] = []
-        error: Exception | None = None
-        try:
-            present = list(list_checkpoints(self.folder))
-        except OSError as caught:
-            error = CheckpointError(
-                f"The checkpoints in {self.folder} cannot be listed: {caught.strerror}. All ranks must be able to read "
-                "the run folder."
-            )
-            error.__cause__ = caught
-        raise_together(error)
+        present = attempt_together(self._list)
         advice = "The run folder must be on a disk that all ranks share."
         assert_same_on_all_ranks("the checkpoints that are there", {f"{self.folder}": present}, advice=advice)
         return bool(present)
@@ -133,6 +123,16 @@ class RunCheckpoints:
             self.settle()
         except Exception as error:
             logger.warning("The checkpoint in the background did not come to its end: %s", error)
+
+    def _list(self) -> list[int]:
+        """The steps of the checkpoints that are there. Raises: CheckpointError if the folder cannot be read."""
+        try:
+            return list(list_checkpoints(self.folder))
+        except OSError as error:
+            raise CheckpointError(
+                f"The checkpoints in {self.folder} cannot be listed: {error.strerror}. All ranks must be able to read "
+                "the run folder."
+            ) from error
 
     def _advice_if_damaged(self) -> str:
         """How to do without the latest checkpoint if a rank finds it damaged; nothing if it is of another model.

@@ -11,7 +11,7 @@ import yaml
 from dynmoe_ds.adaptation import AdaptationEvent
 from dynmoe_ds.config.load import to_yaml
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.telemetry import Metric, RunFolder, Tracker, build_trackers, reduce_over_ranks, write_report
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER
 from dynmoe_ds.training.tasks import Task
@@ -93,10 +93,5 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
     Collective: every rank. Raises: what rank 0 raises, on the others a DivergenceError that quotes it.
     """
-    error: Exception | None = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-    raise_together(error)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    attempt_together(lambda: action() if is_first else None)
