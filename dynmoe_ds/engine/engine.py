@@ -109,9 +109,9 @@ class Engine:
         self._gradient_norm: float | None = None
         self.layers_known_full: set[str] = set()
         self.lives = ExpertLives(self.placements())
-        # Its process group now, since a store that is gone later, such as torchrun's, makes no groups any more.
+        # Process groups are made now, since a store that is gone later, such as torchrun's, makes none any more.
         self._writer = CheckpointWriter()
-        self._host_group: dist.ProcessGroup | None = None
+        self._host_group = _group_on_host()
         self.last_aux_loss: Tensor = torch.zeros(())
         self._watch = NonFiniteWatch()
         self._watch.attach(self._deepspeed)
@@ -223,7 +223,7 @@ class Engine:
         self._construction.check_removable()
         attempt_together(self.masters.check_states)
         self.records.close()
-        before, group, rng = self.placements(), self._group_on_host(), rng_state()
+        before, group, rng = self.placements(), self._host_group, rng_state()
         restore(self, SnapshotInMemory(take_snapshot(self, None), group), group, self._num_slots() | wanted)
         self.records.renumber(before)
         restore_rng(rng)
@@ -414,12 +414,6 @@ class Engine:
         self._gradient_norm, self._num_left_out_in_a_row = None, 0
         return checkpoint.path, client_state
 
-    def _group_on_host(self) -> dist.ProcessGroup | None:
-        """All ranks, on host memory. Collective at the first call: every rank."""
-        if self._host_group is None:
-            self._host_group = dist.new_group(backend="gloo", timeout=group_timeout())
-        return self._host_group
-
     def __getattr__(self, name: str) -> Any:
         if name in _NATIVE_CHECKPOINT_METHODS:
             raise CheckpointError(
@@ -609,6 +603,11 @@ class Engine:
                 reduced,
                 {name: layer.active for name, layer in controlled.items()},
             )
+
+
+def _group_on_host() -> dist.ProcessGroup | None:
+    """A group of all ranks that works on host memory; None for the default one. Collective: every rank."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=group_timeout())
 
 
 def _pool_sizes(described: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, int]:

@@ -179,9 +179,9 @@ def test_nothing_outlives_deepspeeds_own_command(start: Callable[..., Job]) -> N
 def test_nothing_outlives_torchrun(start: Callable[..., Job]) -> None:
     """Its agent is the parent of the ranks, and the only process above them.
 
-    It keeps the store, without which ranks make no new process group: they can write because they have written before.
+    It keeps the store, without which ranks make no new process group: that of the checkpoints must be there already.
     """
-    job = start("checkpoint.every_steps=20", by="torchrun", wait_for="checkpoints/latest")
+    job = start("checkpoint.every_steps=1000", by="torchrun")
     assert len(psutil.Process(job.process.pid).children()) == 2
     job.process.kill()
     code, said, _ = job.end()
