@@ -95,8 +95,11 @@ def carried(rank: int, world_size: int, ep_size: int, options: dict[str, Any]) -
     return found
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize(("world_size", "ep_size"), [(1, 1), (2, 1), (2, 2)], ids=["1 rank", "EDP 2", "EP 2"])
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "bf16"),
+    [(1, 1, False), (2, 1, True), (2, 2, False), (2, 2, True)],
+    ids=["1 rank", "EDP 2, bf16", "EP 2", "EP 2, bf16"],
+)
 def test_everything_is_carried_bit_for_bit(world_size: int, ep_size: int, bf16: bool) -> None:
     for of_rank in run_ranks(carried, world_size, ep_size, {"bf16": bf16}, timeout_s=120):
         for stage, (states, losses) in of_rank.items():
@@ -191,8 +194,7 @@ def memory(rank: int, world_size: int, stage: int, bf16: bool) -> dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (0, True), (1, True), (2, False), (3, False), (3, True)])
 def test_memory_follows_the_pool(stage: int, bf16: bool) -> None:
     for found in run_ranks(memory, 2, stage, bf16, timeout_s=120):
         whole, total = found["16"]
@@ -477,7 +479,7 @@ def elastic_run(
 ELASTIC = {"num_slots": 4, "adaptation": {"pool": "elastic"}}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (1, 3))
 def test_an_elastic_pool_trains_like_one_that_was_large_enough(stage: int) -> None:
     elastic = run_ranks(elastic_run, 2, 1, stage, ELASTIC)[0]
     fixed = run_ranks(elastic_run, 2, 1, stage, {"num_slots": 32})[0]
