@@ -58,7 +58,7 @@ def test_moves_name_both_experts_of_an_exchange_and_follow_one_another():
     ))  # fmt: skip
     record = {"a": records([7, 1, 0, 3])}
     event = describe(plan, step=1, window_steps=1, rule="paper", records=record, before=before,
-                     after=plan.apply(before), full=frozenset())  # fmt: skip
+                     after=plan.apply(before), full=frozenset(), num_slots={"a": (4, 4)})  # fmt: skip
     moved = event.layers["a"]["moved"]
     assert [tuple(one.values()) for one in moved] == [(0, 0, 3), (2, 3, 0), (0, 3, 1), (10, 2, 0), (2, 0, 2)]
     assert all(list(one) == ["expert_id", "from_slot", "to_slot"] for one in moved)

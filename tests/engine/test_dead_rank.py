@@ -159,9 +159,9 @@ def timeouts(rank: int, world_size: int, folder: str, stage: int) -> list[tuple[
 def test_every_group_of_a_job_waits_as_long_as_the_default_group(tmp_path: Path, stage: int) -> None:
     """Which `run_ranks` has made with 30 s; torch's default is 1800."""
     for found in run_ranks(timeouts, 4, f"{tmp_path}", stage):
-        *others, (_, of_the_writer) = found
-        assert len(others) >= 5, (
+        seconds = [of_group for _, of_group in found]
+        assert seconds.count(30.0) >= 5, (
             "the default group, EP and EDP, DeepSpeed's copy of all ranks, and EP without an engine"
         )
-        assert {seconds for _, seconds in others} == {30.0}, found
-        assert of_the_writer == 30.0 * SAVE_PATIENCE
+        assert seconds.count(30.0 * SAVE_PATIENCE) == 1, "the writer's"
+        assert len(seconds) == seconds.count(30.0) + 1, found
