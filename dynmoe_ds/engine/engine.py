@@ -186,7 +186,6 @@ class Engine:
         Collective: every rank, with the same plan. Raises: DivergenceError if the plans differ, PlacementError if the
         plan contradicts the placements; nothing has been changed then.
         """
-        self._check_between_steps("A plan was to be carried out")
         self.records.close()
         before = self.placements()
         plan = operate(plan, self._layers, self.masters, self._adaptation)
