@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
-	@echo "make test       lint, types and all tests (about 10 minutes on 2 cores)"
+	@echo "make test       lint, types and all tests (about half an hour on 2 cores)"
 	@echo "make benchmark  compare the layer with a dense FFN of the same FLOPs"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
