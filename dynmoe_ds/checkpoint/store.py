@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dynmoe_ds.checkpoint.json_manifest import manifest_header, read_json_manifest
 from dynmoe_ds.checkpoint.publish import aside_of, flush, publish
-from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.errors import CheckpointError
 
 T = TypeVar("T")
@@ -200,24 +200,24 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def _together(action: Callable[[], T], path: Path, group: dist.ProcessGroup | None) -> T:
-    """Run `action` and raise on every rank what any rank raises. Collective: every rank of `group`."""
-    result, error = None, None
+    """What `action` gives. Collective: every rank of `group`. Raises: CheckpointError if it fails here, as it does."""
+
+    def attempt() -> T:
+        try:
+            return action()
+        except CheckpointError:
+            raise
+        except Exception as e:
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be written: {_reason(e)} Nothing is left of it."
+            ) from e
+
     try:
-        result = action()
-    except CheckpointError as e:
-        error = e
-    except Exception as e:
-        error = CheckpointError(f"The checkpoint {path} cannot be written: {_reason(e)} Nothing is left of it.")
-        error.__cause__ = e
-    try:
-        raise_together(error, group)
-    except Exception as e:
+        return attempt_together(attempt, group)
+    except Exception:
         if dist.get_rank() == 0:
             shutil.rmtree(aside_of(path), ignore_errors=True)
-        if error is not None and e is not error:
-            raise e from error  # a rank is gone or hangs: the first error says which of the two
         raise
-    return result  # type: ignore[return-value]
 
 
 def _prepare(aside: Path) -> None:
@@ -226,15 +226,13 @@ def _prepare(aside: Path) -> None:
 
 
 def _write_own(snapshot: Snapshot, aside: Path, is_first: bool, group: dist.ProcessGroup | None) -> None:
-    # Files of the ranks' own first: an error in them is this rank's, and the collective after them would wait for it.
-    error: Exception | None = None
-    try:
+    def write_files() -> None:
         _save(snapshot.own, aside / _own_file(dist.get_rank()))
         if is_first:
             _save(snapshot.shared, aside / SHARED_FILE)
-    except Exception as e:
-        error = e
-    raise_together(error, group)
+
+    # Before the collective that follows, which would wait for a rank that cannot write its own.
+    attempt_together(write_files, group)
     writer = dcp.FileSystemWriter(aside / TENSOR_FOLDER, sync_files=True)
     dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
 

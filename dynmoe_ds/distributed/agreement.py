@@ -38,11 +38,16 @@ def assert_same_on_all_ranks(
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank if any rank has an error, so that nobody waits for a rank that has stopped.
 
-    Collective: every rank of `group`. Raises: this rank's own error, else a DivergenceError that quotes the others'.
+    Collective: every rank of `group`. Raises: this rank's own error, else a DivergenceError that quotes the others'. If
+    another rank cannot be reached, torch's error about that, with this rank's own, which may say why, as its cause.
     """
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}", group=group)
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            dist.all_gather_object(everyone, own, group=group)
+        except Exception as lost:
+            raise lost from error
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
     else:
         failures = []

@@ -15,20 +15,15 @@ from torch import Tensor, nn
 
 from dynmoe_ds.adaptation import (
     AdaptationConfig,
-    AdaptationController,
     AdaptationEvent,
-    ExpertLives,
     Plan,
-    RecordingWindow,
-    describe,
     operate,
-    sizes_to_grow,
-    sizes_to_shrink,
 )
 from dynmoe_ds.checkpoint.in_memory import SnapshotInMemory
 from dynmoe_ds.checkpoint.store import find_checkpoint, open_checkpoint
 from dynmoe_ds.checkpoint.writer import CheckpointWriter
 from dynmoe_ds.distributed import assert_same_on_all_ranks, attempt_together, group_timeout
+from dynmoe_ds.engine.adapting import EngineAdaptation
 from dynmoe_ds.engine.clipping import clip_gradients
 from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.left_out import drop_gradients, leave_out_update
@@ -40,24 +35,19 @@ from dynmoe_ds.engine.non_finite import (
     OnNonFinite,
     norm_is_not_finite,
 )
-from dynmoe_ds.engine.record_book import RecordBook
-from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, restore_rng, rng_state, take_snapshot
+from dynmoe_ds.engine.random_state import restore_rng, rng_state
+from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, take_snapshot
 from dynmoe_ds.errors import CheckpointError, DivergenceError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
     MoELayer,
     PaddingMask,
     Placement,
     StepLedger,
-    TokenSampler,
     labelled,
-    per_slot_statistics,
 )
 from dynmoe_ds.routing import RoutingRecords, update_routers
 
 _log = logging.getLogger(__name__)
-
-TOKENS_PER_SAMPLE = 4096
-"""Tokens per layer, over all ranks, by which experts are split: about a hundred of each of some tens of experts."""
 
 _NATIVE_CHECKPOINT_METHODS = (
     "save_16bit_model",
@@ -91,24 +81,14 @@ class Engine:
         self._deepspeed = construction.build()
         self.masters = EngineMasters(self._deepspeed)
         self._layers = dict(layers)
-        self._adaptation = adaptation
-        self._controller = AdaptationController(adaptation) if adaptation else None
-        self.records = RecordBook(
-            self._layers,
-            RecordingWindow(adaptation) if adaptation else None,
-            len(token_kinds),
-            with_strain=self._controller is not None and self._controller.rule.needs_strain,
-        )
+        self.adaptation = EngineAdaptation(adaptation, self._layers, len(token_kinds))
+        self.records = self.adaptation.records
         self._padding = padding
         self._clipping = gradient_clipping
         self.token_kinds = token_kinds
         self.on_non_finite = on_non_finite
-        self._sampler = TokenSampler(-(-TOKENS_PER_SAMPLE // dist.get_world_size()))
         self._ledger = StepLedger()
-        self._untaken_events: list[AdaptationEvent] = []
         self._gradient_norm: float | None = None
-        self.layers_known_full: set[str] = set()
-        self.lives = ExpertLives(self.placements())
         # Process groups are made now, since a store that is gone later, such as torchrun's, makes none any more.
         self._writer = CheckpointWriter()
         self._host_group = _group_on_host()
@@ -177,8 +157,8 @@ class Engine:
         else:
             self._leave_out(found)
         self._first_counters = {}
-        if self.records.window is not None and self.records.window.is_due(self.global_steps):
-            self._adapt()
+        if self.adaptation.is_due(self.global_steps):
+            self.adaptation.adapt(self.global_steps, lambda: self.masters, self.resize_slots)
 
     def apply_plan(self, plan: Plan) -> Plan:
         """Carry out a plan of one's own between `step()` and the next forward; the plan with the parents chosen.
@@ -188,8 +168,8 @@ class Engine:
         """
         self.records.close()
         before = self.placements()
-        plan = operate(plan, self._layers, self.masters, self._adaptation)
-        self.lives.note(self.global_steps, self.placements())
+        plan = operate(plan, self._layers, self.masters, self.adaptation.config)
+        self.adaptation.lives.note(self.global_steps, self.placements())
         self.records.renumber(before)
         return plan
 
@@ -287,7 +267,7 @@ class Engine:
 
     def take_events(self) -> list[AdaptationEvent]:
         """The adaptations since the last call."""
-        events, self._untaken_events = self._untaken_events, []
+        events, self.adaptation.events = self.adaptation.events, []
         return events
 
     def placements(self) -> dict[str, Placement]:
@@ -405,11 +385,11 @@ class Engine:
             "the checkpoint to load", {"path": checkpoint.path.name, "step": checkpoint.step}, writer.group
         )
         num_slots = self._num_slots()
-        if self._adaptation is not None and self._adaptation.pool == "elastic":
+        if self.adaptation.config is not None and self.adaptation.config.pool == "elastic":
             num_slots |= _pool_sizes(checkpoint.manifest["layers"], self._layers)
         restore(self, checkpoint, writer.group, num_slots)
         client_state = restore_own(self, checkpoint, writer.group)
-        self._untaken_events.clear()
+        self.adaptation.events.clear()
         self._gradient_norm, self._num_left_out_in_a_row = None, 0
         return checkpoint.path, client_state
 
@@ -442,16 +422,8 @@ class Engine:
 
     def _new_ledger(self) -> StepLedger:
         """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
-        num_kinds, step, window = len(self.token_kinds), self.global_steps + 1, self.records.window
-        if window is None or self._controller is None or not self._controller.may_grow(window.end(step)):
-            return StepLedger(num_kinds=num_kinds, watch=self._watch.note_layer)
-        rule = self._controller.rule
-        return StepLedger(
-            num_kinds=num_kinds,
-            watch=self._watch.note_layer,
-            with_strain=rule.needs_strain and window.covers(step),
-            sampler=self._sampler if rule.needs_sample and window.is_due(step) else None,
-        )
+        wanted = self.adaptation.wanted_of(self.global_steps + 1)
+        return StepLedger(num_kinds=len(self.token_kinds), watch=self._watch.note_layer, **wanted)
 
     def _check_kinds(self, token_kinds: Tensor | None) -> None:
         """Raises: RoutingError as `__call__`."""
@@ -495,7 +467,7 @@ class Engine:
 
     def _leave_out(self, found: NonFinite) -> None:
         """End a step without its update, or the training. Raises: NonFiniteError as `step`. Collective: every rank."""
-        self._sampler.clear()  # it holds tokens of this step only
+        self.adaptation.sampler.clear()  # it holds tokens of this step only
         advice = self._stop_advice(found)
         if advice is not None:
             drop_gradients(self._deepspeed)
@@ -526,68 +498,6 @@ class Engine:
 
     def _counters(self) -> dict[str, int]:
         return {name: getattr(self._deepspeed, name) for name in COUNTERS}
-
-    def _adapt(self) -> None:
-        """Decide on the window's records of all ranks, compare, operate, note. Collective: every rank."""
-        assert self.records.window is not None and self._controller is not None and self._adaptation is not None
-        config, step = self._adaptation, self.global_steps
-        sizes_before, is_elastic = self._num_slots(), config.pool == "elastic"
-        records = self.records.reduce(self.records.window.take())
-        self.records.close()
-        if is_elastic:
-            records = self._grow_pools(records)
-        before = self.placements()
-        plan, full = attempt_together(lambda: self._decide(records))
-        sampler = self._sampler if self._controller.rule.needs_sample else None
-        plan = operate(plan, self._layers, self.masters, config, sampler)
-        self._sampler.clear()
-        self.lives.note(step, self.placements())
-        after = self.placements()
-        if is_elastic:
-            self.resize_slots(sizes_to_shrink(after))
-        event = describe(
-            plan,
-            step=step,
-            window_steps=config.window_steps,
-            rule=config.rule,
-            records=records,
-            before=before,
-            after=after,
-            full=full,
-            num_slots={name: (sizes_before[name], size) for name, size in self._num_slots().items()},
-        )
-        self._untaken_events.append(event)
-        if full - self.layers_known_full and dist.get_rank() == 0:
-            _log.warning(
-                "Step %d: %s wanted a new expert but has no free slot. %s, or prune more.",
-                step,
-                ", ".join(sorted(full - self.layers_known_full)),
-                "Raise adaptation.max_slots" if is_elastic else "Use more num_slots or adaptation.pool=elastic",
-            )
-        self.layers_known_full |= full
-
-    def _decide(self, records: dict[str, RoutingRecords]) -> tuple[Plan, frozenset[str]]:
-        assert self._controller is not None
-        return self._controller.decide(records, self.placements(), **self._circumstances())
-
-    def _circumstances(self) -> dict[str, Any]:
-        """What a decision depends on besides records and placements."""
-        min_experts = {name: layer.router.config.min_experts for name, layer in self._layers.items()}
-        return {"step": self.global_steps, "min_experts": min_experts}
-
-    def _grow_pools(self, records: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:
-        """Make room for the experts that will be wanted; the records by the slots there are then.
-
-        Collective: every rank.
-        """
-        assert self._controller is not None
-        controller, before = self._controller, self.placements()
-        per_slot = {name: per_slot_statistics(layer) for name, layer in self._layers.items()}
-        sizes = attempt_together(lambda: sizes_to_grow(controller, records, before, per_slot, **self._circumstances()))
-        self.resize_slots(sizes)
-        for name in sizes:
-            self._sampler.renumber(self._layers[name], before[name])
-        return self.records.renumbered(records, before)
 
     def _num_slots(self) -> dict[str, int]:
         return {name: layer.num_slots for name, layer in self._layers.items()}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dynmoe_ds.adaptation.surgery import WEIGHT, full_shape
@@ -20,10 +17,11 @@ from dynmoe_ds.checkpoint.store import Snapshot
 from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.engine.gathering import whole
 from dynmoe_ds.engine.masters import EngineMasters
+from dynmoe_ds.engine.plain_records import plain_records, records_of, summed
+from dynmoe_ds.engine.random_state import restore_rng, rng_state
 from dynmoe_ds.engine.seam import sharing_group
 from dynmoe_ds.errors import CheckpointError
-from dynmoe_ds.moe import MoELayer, Placement, per_slot_statistics
-from dynmoe_ds.routing import RoutingRecords
+from dynmoe_ds.moe import MoELayer, Placement
 
 if TYPE_CHECKING:
     from dynmoe_ds.engine.engine import Engine
@@ -73,7 +71,7 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
             for name in names
         },
         "scheduler": copy.deepcopy(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
-        "layers_known_full": sorted(engine.layers_known_full),
+        "layers_known_full": sorted(engine.adaptation.layers_known_full),
     }
     return Snapshot(
         step=engine.global_steps,
@@ -81,8 +79,8 @@ def take_snapshot(engine: Engine, client_state: Any) -> Snapshot:
         shared=state,
         own={
             "rng": rng_state(),
-            "window": _plain_records(engine.records.window.records() if engine.records.window else {}, layers),
-            "untaken": _plain_records(engine.records.untaken(), layers),
+            "window": plain_records(engine.records.window.records() if engine.records.window else {}, layers),
+            "untaken": plain_records(engine.records.untaken(), layers),
             "client_state": copy.deepcopy(client_state),
         },
         described={
@@ -127,14 +125,14 @@ def restore(
     engine.masters.make_states(state_names)
     for name, layer in layers.items():
         layer.placement, layer.seed = placements[name], int(described[name]["seed"])
-        engine.lives.restore(name, described[name]["experts"])
+        engine.adaptation.lives.restore(name, described[name]["experts"])
     for part in _in_parts(engine.module, engine.masters, state_names):
         wanted = {name: tensor for loading in part for name, tensor in loading.wanted.items()}
         checkpoint.read_tensors(wanted, group)
         for loading in part:
             loading.store(engine.masters)
     _restore_steps(engine, shared)
-    engine.layers_known_full = set(shared["layers_known_full"])
+    engine.adaptation.layers_known_full = set(shared["layers_known_full"])
 
 
 def restore_own(engine: Engine, checkpoint: Restorable, group: dist.ProcessGroup | None) -> Any:
@@ -155,10 +153,10 @@ def restore_own(engine: Engine, checkpoint: Restorable, group: dist.ProcessGroup
         restore_rng(own["rng"])
         window, untaken = own["window"], own["untaken"]
     else:
-        window, untaken = (_summed([of[part] for of in everyone]) for part in ("window", "untaken"))
+        window, untaken = (summed([of[part] for of in everyone]) for part in ("window", "untaken"))
     engine.records.restore(
-        window=_records(window, layers),
-        untaken=_records(untaken, layers),
+        window=records_of(window, layers),
+        untaken=records_of(untaken, layers),
         last_loads=_last_loads(checkpoint.manifest["layers"]),
     )
     return own["client_state"]
@@ -248,9 +246,6 @@ class _Loading:
             for name in (entry.key,) if self.rows is None else self.rows:
                 self.wanted[_name(name, kind)] = torch.empty(shape, dtype=dtype)
 
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.wanted.values())
-
     @torch.no_grad()
     def store(self, masters: EngineMasters) -> None:
         """Put what was read where it belongs; free slots get zeros."""
@@ -334,14 +329,14 @@ def _experts(engine: Engine) -> dict[str, dict[str, Any]]:
     return {
         name: {
             f"{expert_id}": life | {"last_load": loads.get(name, {}).get(expert_id)}
-            for expert_id, life in engine.lives.of(name).items()
+            for expert_id, life in engine.adaptation.lives.of(name).items()
         }
         for name in engine.layers
     }
 
 
 def _fitted(name: str, described: Mapping[str, Any], num_slots: int, ep_size: int, checkpoint: Restorable) -> Placement:
-    """The checkpoint's experts in a pool: in their slots if it is of the same size, else spread evenly."""
+    """The checkpoint's experts in a pool: in their slots if it is of the same size, else near them."""
     ids: list[int | None] = described["expert_ids"]
     num_live = len(ids) - ids.count(None)
     if num_live > num_slots:
@@ -384,93 +379,3 @@ def _restore_steps(engine: Engine, shared: Mapping[str, Any]) -> None:
             group["lr"] = shared["learning_rates"][names[0]]
     if engine.lr_scheduler is not None and shared["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(shared["scheduler"])
-
-
-# Records, by expert id in place of slots
-
-
-def _plain_records(records: Mapping[str, RoutingRecords], layers: Mapping[str, MoELayer]) -> dict[str, Any]:
-    return {name: _plain(record, layers[name]) for name, record in records.items()}
-
-
-def _plain(record: RoutingRecords, layer: MoELayer) -> dict[str, Any]:
-    slots = torch.tensor(list(layer.placement.slots_by_id.values()))
-    per_slot = per_slot_statistics(layer)
-    return {
-        "expert_ids": list(layer.placement.live_ids),
-        "tokens_per_expert": record.tokens_per_slot.cpu()[slots],
-        "counts": torch.stack([record.num_tokens, record.num_assignments, record.num_unrouted]).cpu(),
-        "unrouted_sum": record.unrouted_sum.cpu(),
-        "statistics": {
-            name: value.cpu()[slots] if name in per_slot else value.cpu() for name, value in record.statistics.items()
-        },
-    }
-
-
-def _records(plain: Mapping[str, Any], layers: Mapping[str, MoELayer]) -> dict[str, RoutingRecords]:
-    return {name: _record(of_layer, layers[name]) for name, of_layer in plain.items()}
-
-
-def _record(plain: Mapping[str, Any], layer: MoELayer) -> RoutingRecords:
-    device = layer.active.device
-    slots = torch.tensor([layer.placement.slot_of(expert_id) for expert_id in plain["expert_ids"]])
-
-    def spread(rows: Tensor) -> Tensor:
-        value = rows.new_zeros(layer.num_slots, *rows.shape[1:])
-        value[slots] = rows
-        return value.to(device)
-
-    per_slot = per_slot_statistics(layer)
-    num_tokens, num_assignments, num_unrouted = plain["counts"].to(device)
-    statistics = plain["statistics"].items()
-    return RoutingRecords(
-        tokens_per_slot=spread(plain["tokens_per_expert"]),
-        num_tokens=num_tokens,
-        num_assignments=num_assignments,
-        num_unrouted=num_unrouted,
-        unrouted_sum=plain["unrouted_sum"].to(device),
-        statistics={name: spread(value) if name in per_slot else value.to(device) for name, value in statistics},
-    )
-
-
-def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Plain records of several ranks, by layer; nothing of nobody."""
-    total: dict[str, Any] = {}
-    for part in parts:
-        for name, plain in part.items():
-            total[name] = _sum(total[name], plain) if name in total else plain
-    return total
-
-
-def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "expert_ids": a["expert_ids"],
-        **{key: a[key] + b[key] for key in ("tokens_per_expert", "counts", "unrouted_sum")},
-        "statistics": {name: a["statistics"][name] + b["statistics"][name] for name in a["statistics"]},
-    }
-
-
-# Random numbers
-
-
-def rng_state() -> dict[str, Any]:
-    name, keys, *position = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position],
-        "python": [version, list(internal), gauss],
-    }
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state
-
-
-def restore_rng(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    name, keys, *position = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "device" in state and get_accelerator().device_name() != "cpu":
-        get_accelerator().set_rng_state(state["device"])

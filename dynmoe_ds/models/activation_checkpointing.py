@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dynmoe_ds.config.schema import ParallelConfig
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 
 
 def checkpoint_activations(model: PreTrainedModel, parallel: ParallelConfig) -> None:

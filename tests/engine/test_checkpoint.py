@@ -268,13 +268,20 @@ def all_that_is_noted(rank: int, world_size: int, folder: str) -> dict[str, Any]
 
     def known(engine: Any) -> list[Any]:
         seeds = [layer.seed for layer in engine.layers.values()]
-        lives = [engine.lives.of(name) for name in engine.layers]
-        return [seeds, lives, engine.last_loads(), engine.layers_known_full, engine.get_lr(), engine.global_steps]
+        lives = [engine.adaptation.lives.of(name) for name in engine.layers]
+        return [
+            seeds,
+            lives,
+            engine.last_loads(),
+            engine.adaptation.layers_known_full,
+            engine.get_lr(),
+            engine.global_steps,
+        ]
 
     first = make(1, 2)
     train(first, range(4), rank, world_size)  # with an adaptation, of which nobody has taken notice
     first.set_lr(3e-3)
-    first.layers_known_full = {"moe.1"}
+    first.adaptation.layers_known_full = {"moe.1"}
     first.save_checkpoint(folder)
     want = known(first)
     second = make(1, 2)

@@ -321,7 +321,7 @@ def counts_across_plans(rank: int, world_size: int) -> dict[str, Any]:
         free = engine.placements()["moe.0"].free_slots[0]
         return dm.adaptation.Plan(items=(dm.adaptation.Move(layer="moe.0", expert_id=0, to_slot=free),))
 
-    engine._controller.decide = lambda *args, **kwargs: (move(), frozenset())
+    engine.adaptation.controller.decide = lambda *args, **kwargs: (move(), frozenset())
     first_slot = engine.placements()["moe.0"].slot_of(0)
     train(engine, range(1), rank, world_size)
     loads = [engine.last_loads()["moe.0"]]
@@ -333,7 +333,7 @@ def counts_across_plans(rank: int, world_size: int) -> dict[str, Any]:
     assert engine.placements()["moe.0"].slot_of(0) == first_slot and len(engine.take_events()) == 1
     untaken = counts(engine.take_records())
     engine.apply_plan(dm.adaptation.Plan(items=(dm.adaptation.Prune(layer="moe.0", expert_id=1),)))
-    return {"windows": windows, "loads": loads, "untaken": untaken, "lives": engine.lives.of("moe.0")}
+    return {"windows": windows, "loads": loads, "untaken": untaken, "lives": engine.adaptation.lives.of("moe.0")}
 
 
 def test_counts_follow_experts_that_plans_move() -> None:

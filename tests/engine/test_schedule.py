@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from tests.helpers.models import HIDDEN, TinyModel, batch, deepspeed_config, gathered, shard, train
 from tests.helpers.spawn import run_ranks
 

@@ -190,7 +190,7 @@ def _observed(rank: int, world_size: int) -> list[tuple[bool, bool]]:
     for micro in range(12):
         engine.backward(engine(*shard(batch(micro, 16), rank, world_size)))
         record = engine.records.of_step["moe.0"]
-        kept = engine._sampler._kept
+        kept = engine.adaptation.sampler._kept
         found.append((bool(record.statistics.get("strain", torch.zeros(1)).any()), bool(kept)))
         engine.step()
     return found

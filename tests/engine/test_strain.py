@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from tests.helpers.models import TinyModel, batch, deepspeed_config, shard
 from tests.helpers.spawn import run_ranks
 

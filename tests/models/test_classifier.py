@@ -28,7 +28,7 @@ from dynmoe_ds.config.schema import (
     RunConfig,
     ViTClassifierConfig,
 )
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from dynmoe_ds.errors import ConfigError, DynMoEError
 from dynmoe_ds.models import Head, bert_backbone, build_classifier, vit_backbone
 

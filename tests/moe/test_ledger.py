@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from dynmoe_ds.errors import RoutingError
 from dynmoe_ds.moe import labelled
 from dynmoe_ds.routing.records import pack

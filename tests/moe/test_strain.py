@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.engine.checkpointing import non_reentrant_checkpoint
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing.records import pack, unpack
 from tests.helpers.reference import assert_near, randomise
