@@ -8,6 +8,7 @@ from dynmoe_ds import errors
 if TYPE_CHECKING:
     from dynmoe_ds.adaptation import AdaptationConfig, AdaptationController
     from dynmoe_ds.config.load import load_config
+    from dynmoe_ds.dispatch import DispatchConfig
     from dynmoe_ds.engine import initialize
     from dynmoe_ds.export import load_model, save_model
     from dynmoe_ds.moe import MoELayer, StepLedger, upcycle
@@ -32,6 +33,7 @@ _ROOMS = {
     "AdaptationConfig": "adaptation",
     "AdaptationController": "adaptation",
     "BudgetConfig": "routing",
+    "DispatchConfig": "dispatch",
     "ExpertThresholdConfig": "routing",
     "MoELayer": "moe",
     "ReluConfig": "routing",
@@ -64,6 +66,7 @@ __all__ = [
     "AdaptationConfig",
     "AdaptationController",
     "BudgetConfig",
+    "DispatchConfig",
     "ExpertThresholdConfig",
     "MoELayer",
     "ReluConfig",

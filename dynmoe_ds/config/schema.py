@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from dynmoe_ds.adaptation.config import AdaptationConfig
+from dynmoe_ds.dispatch import DispatchConfig
 from dynmoe_ds.routing.router import RouterConfig
 
 
@@ -167,7 +168,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Ranks, layout and precision. `process_group_timeout_s` bounds how long a rank waits for a dead one."""
+    """Ranks, layout and precision. `process_group_timeout_s` bounds how long a rank waits for a dead one.
+
+    dispatch: how rows travel between the ranks that share a pool of experts.
+    """
 
     num_ranks: int
     ep_size: int
@@ -175,6 +179,7 @@ class ParallelConfig:
     dtype: Literal["float32", "bfloat16"]
     activation_checkpointing: Literal["none", "torch", "deepspeed"]
     process_group_timeout_s: int
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

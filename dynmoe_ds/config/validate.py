@@ -219,6 +219,7 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
             f"parallel.ep_size is {ep_size} but must divide the {ranks} {'ranks' if ranks > 1 else 'rank'} of "
             f"parallel.num_ranks. Use {options}."
         )
+    yield from parallel.dispatch.faults_with(max(ep_size, 1))
 
 
 def _slots(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -15,33 +15,50 @@ from torch.autograd.function import once_differentiable
 class DispatchPlan:
     """Where the N rows of T tokens go. Rows are sorted by slot, and by token within a slot.
 
-    flat_index [N]: slot · T + token of each row. token_index [N]: token of each row. rows_per_slot [S].
-    row_index [N]: rows in the order of tokens; the rows of token t begin at first_row [T] of it (a CSR over tokens).
+    token_index [N]: token of each row. rows_per_slot [S]. entry_index [N]: position of each row in the order of tokens
+    (by token, and by slot within one), which is the order of `chosen_weights`. row_index [N]: its inverse, so that the
+    rows of token t begin at first_row [T] of it (a CSR over tokens).
     """
 
-    flat_index: Tensor
     token_index: Tensor
     rows_per_slot: Tensor
+    entry_index: Tensor
     row_index: Tensor
     first_row: Tensor
 
 
-def plan_dispatch(mask: Tensor) -> DispatchPlan:
-    """The plan of mask [T, S] bool. No sort and no atomics; on a GPU it waits once, for the number of rows."""
+def plan_dispatch(mask: Tensor, num_rows: int | None = None) -> DispatchPlan:
+    """The plan of mask [T, S] bool with `num_rows` entries, which only the device knows if None: then it waits for it.
+
+    No sort and no atomics.
+    """
     num_tokens, num_slots = mask.shape
-    by_slot = mask.T.reshape(-1)
-    flat_index = by_slot.nonzero().squeeze(1)
+    if num_rows is None:
+        num_rows = int(mask.sum())
+    by_slot, by_token = mask.T.reshape(-1), mask.reshape(-1)
+    flat_index = chosen(by_slot, num_rows)
     position = (by_slot.cumsum(0) - 1).view(num_slots, num_tokens)
-    # The number of rows is known by now, so this does not wait for the device again.
-    by_token = torch.nonzero_static(mask.reshape(-1), size=flat_index.numel()).squeeze(1)
+    row_index = position.T.reshape(-1).index_select(0, chosen(by_token, num_rows))
+    entry_index = torch.empty_like(row_index)
+    entry_index[row_index] = torch.arange(num_rows, device=mask.device)
     rows_per_token = mask.sum(1)
     return DispatchPlan(
-        flat_index=flat_index,
         token_index=flat_index % max(num_tokens, 1),
         rows_per_slot=mask.sum(0),
-        row_index=position.T.reshape(-1).index_select(0, by_token),
+        entry_index=entry_index,
+        row_index=row_index,
         first_row=rows_per_token.cumsum(0) - rows_per_token,
     )
+
+
+def chosen(mask: Tensor, num_rows: int) -> Tensor:
+    """Positions [N] of the `num_rows` True values of a flat mask, without a wait for the device."""
+    return torch.nonzero_static(mask, size=num_rows).squeeze(1)
+
+
+def chosen_weights(weights: Tensor, mask: Tensor, num_rows: int) -> Tensor:
+    """The weights [N] of the `num_rows` chosen pairs in weights [T, S], by token and by slot within one."""
+    return weights.reshape(-1).index_select(0, chosen(mask.reshape(-1), num_rows))
 
 
 def gather_rows(hidden: Tensor, plan: DispatchPlan) -> Tensor:
@@ -52,11 +69,6 @@ def gather_rows(hidden: Tensor, plan: DispatchPlan) -> Tensor:
 def sum_rows(rows: Tensor, plan: DispatchPlan) -> Tensor:
     """Sum [T, D] of every token's rows [N, D], zero for a token without rows, accumulated in float32 or wider."""
     return _SumRows.apply(rows, plan)
-
-
-def row_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
-    """Combine weight [N] of each row, from weights [T, S]."""
-    return weights.T.reshape(-1).index_select(0, plan.flat_index)
 
 
 def _gather(hidden: Tensor, plan: DispatchPlan) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dynmoe_ds.distributed.layout import current_layout
 
 # A registry per default group: process groups are scarce and every layer of one size shares them.
-_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def group_timeout() -> timedelta:
@@ -30,13 +30,31 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
 
     Collective: every rank, at the first call for a size. Raises: ConfigError if `ep_size` does not divide the ranks.
     """
+    layout = current_layout(ep_size)
+    return _group_of_this_rank(("expert-parallel", ep_size, ep_size), layout.ep_groups())
+
+
+def node_groups(ep_size: int, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's expert-parallel group once more, as one between nodes and one within this node.
+
+    The first has the ranks of the group that hold this one's position in their nodes, by node; the second those of its
+    node. ranks_per_node: divides `ep_size`. Collective: every rank, at the first call for the sizes.
+    """
+    layout = current_layout(ep_size)
+    between = [ranks[i::ranks_per_node] for ranks in layout.ep_groups() for i in range(ranks_per_node)]
+    within = [ranks[i : i + ranks_per_node] for ranks in layout.ep_groups() for i in range(0, ep_size, ranks_per_node)]
+    sizes = (ep_size, ranks_per_node)
+    return _group_of_this_rank(("between nodes", *sizes), between), _group_of_this_rank(("in a node", *sizes), within)
+
+
+def _group_of_this_rank(key: tuple[str, int, int], groups: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's one of the groups, which are made at the first call for a key, by every rank."""
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"
-    groups = _GROUPS.setdefault(world, {})
-    if ep_size not in groups:
-        layout = current_layout(ep_size)
-        for ranks in layout.ep_groups():
+    made = _GROUPS.setdefault(world, {})
+    if key not in made:
+        for ranks in groups:
             group = dist.new_group(ranks, timeout=group_timeout())
-            if layout.rank in ranks:
-                groups[ep_size] = group
-    return groups[ep_size]
+            if dist.get_rank() in ranks:
+                made[key] = group
+    return made[key]

@@ -39,6 +39,7 @@ from dynmoe_ds.engine.random_state import restore_rng, rng_state
 from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, take_snapshot
 from dynmoe_ds.errors import CheckpointError, DivergenceError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
+    LayerTraffic,
     MoELayer,
     PaddingMask,
     Placement,
@@ -88,6 +89,7 @@ class Engine:
         self.token_kinds = token_kinds
         self.on_non_finite = on_non_finite
         self._ledger = StepLedger()
+        self._traffic: dict[str, LayerTraffic] = {}
         self._gradient_norm: float | None = None
         # Process groups are made now, since a store that is gone later, such as torchrun's, makes none any more.
         self._writer = CheckpointWriter()
@@ -129,6 +131,8 @@ class Engine:
             self._deepspeed.backward(total)
         self._padding.backward_done()
         self.records.add_micro_step(ledger.records())
+        for name, traffic in ledger.traffic().items():
+            self._traffic[name] = self._traffic.get(name, LayerTraffic()) + traffic
         return total.detach()
 
     def step(self) -> None:
@@ -222,6 +226,11 @@ class Engine:
         summed over them; else their sum over ranks is what counts.
         """
         return self.records.take(reduce=reduce)
+
+    def take_traffic(self) -> dict[str, LayerTraffic]:
+        """What this rank has sent to other ranks since the last call, by the names of layers with `ep_size` above 1."""
+        traffic, self._traffic = self._traffic, {}
+        return traffic
 
     def take_records_by_placement(self) -> list[tuple[dict[str, Placement], dict[str, RoutingRecords]]]:
         """As `take_records`, but with the records from before the last change of the pools apart, under theirs.

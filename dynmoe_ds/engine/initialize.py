@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
+from dynmoe_ds.dispatch import DispatchConfig
 from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise_together
 from dynmoe_ds.engine import seam
 from dynmoe_ds.engine.construction import Construction
@@ -36,6 +37,7 @@ def initialize(
     timeout_s: float = 600.0,
     token_kinds: Sequence[str] = (),
     on_non_finite: OnNonFinite = "stop",
+    dispatch: DispatchConfig | None = None,
 ) -> Engine:
     """An engine that trains `model` under DeepSpeed, with experts that grow and are pruned if `adaptation` is given.
 
@@ -45,6 +47,7 @@ def initialize(
     where torch.distributed is not initialised yet. token_kinds: names of the kinds of tokens that a batch may tell
     apart; `engine(..., token_kinds=tensor)` counts tokens and experts of each. on_non_finite: what `engine.step` does
     about NaN or infinity on any rank: `stop` raises NonFiniteError on all, `skip_step` leaves that update out.
+    dispatch: how rows travel between ranks, in every layer; None leaves each layer's own.
 
     Differs from DeepSpeed: gradients are not clipped unless `gradient_clipping` says so (DeepSpeed clips to 1.0), and
     on a CPU Adam is torch's, which needs no compiler.
@@ -64,8 +67,12 @@ def initialize(
             *_faults(settings, layers, adaptation),
             *_kind_faults(token_kinds),
             *_policy_faults(on_non_finite),
+            *_dispatch_faults(dispatch, layers),
         ]:
             error = ConfigError(faults)
+        elif dispatch is not None:
+            for layer in layers.values():
+                layer.dispatch = dispatch
     except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
     raise_together(error)
@@ -100,6 +107,11 @@ def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"DeepSpeed's configuration must be a dictionary but is {type(settings).__name__}.")
     return settings
+
+
+def _dispatch_faults(dispatch: DispatchConfig | None, layers: Mapping[str, MoELayer]) -> list[str]:
+    sizes = dict.fromkeys(layer.ep_size for layer in layers.values())
+    return [] if dispatch is None else [fault for ep_size in sizes for fault in dispatch.faults_with(ep_size)]
 
 
 def _stage(settings: Mapping[str, Any]) -> int:
@@ -200,6 +212,7 @@ def _fingerprint(
             "num_slots": layer.num_slots,
             "ep_size": layer.ep_size,
             "expert": layer.expert_kind,
+            "dispatch": asdict(layer.dispatch),
             "expert_ids": layer.placement.expert_ids,
             "router": [type(router).__name__, asdict(router) if is_dataclass(router) else str(router)],
         }

@@ -79,6 +79,8 @@ def attach(layers: Iterable[MoELayer], zero_stage: int) -> None:
         if name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(layer.ep_size)
         layer.ep_group = groups._get_expert_parallel_group(name) if layer.ep_size > 1 else None
+        if layer.ep_size > 1:
+            layer.dispatch_groups()  # made now, while all ranks are here
         ep_rank = dist.get_rank(groups._get_expert_parallel_group(name))
         assert layer.local_slots.start == ep_rank * len(layer.local_slots), (layer.local_slots, ep_rank)
         edp_group = groups._get_expert_data_parallel_group(name)

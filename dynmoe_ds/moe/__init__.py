@@ -2,6 +2,7 @@
 
 from dynmoe_ds.moe.labels import labelled
 from dynmoe_ds.moe.layer import MoELayer, layer_faults
+from dynmoe_ds.moe.layer_traffic import LayerTraffic
 from dynmoe_ds.moe.ledger import StepLedger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
@@ -11,6 +12,7 @@ from dynmoe_ds.moe.token_sampler import TokenSampler
 from dynmoe_ds.moe.upcycle import upcycle
 
 __all__ = [
+    "LayerTraffic",
     "MoELayer",
     "PaddingMask",
     "Placement",

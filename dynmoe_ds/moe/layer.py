@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dynmoe_ds.dispatch import run_all_to_all, run_local
-from dynmoe_ds.distributed import current_layout, expert_parallel_group
+from dynmoe_ds.dispatch import DispatchConfig, run_all_to_all, run_local
+from dynmoe_ds.distributed import Traffic, current_layout, expert_parallel_group, node_groups
 from dynmoe_ds.errors import ConfigError, PlacementError, RoutingError
 from dynmoe_ds.experts import build_experts, seeded_generator
 from dynmoe_ds.moe.ledger import recording_ledger
@@ -27,7 +28,9 @@ class MoELayer(nn.Module):
     multiple of `ep_size`. ep_size: neighbouring ranks that share the experts; each holds num_slots / ep_size slots.
     router: a registered name or a router's configuration. expert: `swiglu` or `gelu`. seed: initial weights are a
     function of it and of the expert's id alone, whatever the layout; None draws one from torch's default generator,
-    so that `torch.manual_seed` governs it.
+    so that `torch.manual_seed` governs it. shared: a module [T, D] -> [T, D] that every token passes beside its
+    experts, such as a shared expert or the dense MLP (a residual FFN); its output is added, and it runs while rows
+    travel. dispatch: how rows travel between ranks.
 
     Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on for this rank's slots.
     `active` [S] bool: the live slots, equal on all ranks.
@@ -53,6 +56,8 @@ class MoELayer(nn.Module):
         router: str | RouterConfig = "top_any",
         expert: str = "swiglu",
         seed: int | None = None,
+        shared: nn.Module | None = None,
+        dispatch: DispatchConfig | None = None,
     ) -> None:
         super().__init__()
         if faults := layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size):
@@ -63,6 +68,8 @@ class MoELayer(nn.Module):
         self.name: str | None = None
         self.ep_group: dist.ProcessGroup | None = None
         self.padding: PaddingMask | None = None
+        self.dispatch = DispatchConfig() if dispatch is None else dispatch
+        self.shared = shared
         self.local_slots = current_layout(ep_size).local_slots(num_slots)
 
         self.experts = build_experts(expert, len(self.local_slots), hidden_size, ffn_hidden_size)
@@ -78,6 +85,28 @@ class MoELayer(nn.Module):
         self.register_buffer("next_expert_id", torch.tensor(0))
         self.placement = Placement.initial(num_experts, num_slots, ep_size)
         self._fill_live_slots()
+
+    @property
+    def dispatch(self) -> DispatchConfig:
+        """How rows travel between ranks; may be set between steps, alike on all ranks."""
+        return self._dispatch
+
+    @dispatch.setter
+    def dispatch(self, dispatch: DispatchConfig) -> None:
+        if faults := dispatch.faults_with(self.ep_size):
+            raise ConfigError(faults)
+        self._dispatch = dispatch
+
+    def dispatch_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """The groups that rows travel over: the expert-parallel group, or that between nodes and that in this node.
+
+        Collective: every rank, at the first call for the sizes, unless an engine has made the groups.
+        """
+        ranks_per_node = self.dispatch.ranks_per_node
+        if ranks_per_node is not None and 1 < ranks_per_node < self.ep_size:
+            return node_groups(self.ep_size, ranks_per_node)
+        assert self.ep_group is not None
+        return (self.ep_group,)
 
     @property
     def placement(self) -> Placement:
@@ -115,8 +144,10 @@ class MoELayer(nn.Module):
         if ledger is not None:
             ledger.add(self, routing, hidden, real, tuple(x.shape[:-1]))
         dtype = next(self.experts.parameters()).dtype
+        traffic = ledger.traffic_of(self, routing.mask, dtype) if ledger is not None and self.ep_size > 1 else None
+        beside = self._shared_output(hidden, real) if self.shared is not None else None
         with torch.autocast(x.device.type, enabled=False):
-            y = self._run_experts(hidden.to(dtype), routing)
+            y = self._run_experts(hidden.to(dtype), routing, beside, traffic)
             if routing.passed_through is not None:
                 y = y + (routing.passed_through[:, None] * hidden).to(y.dtype)
         y = y.to(x.dtype).view(x.shape)
@@ -147,12 +178,39 @@ class MoELayer(nn.Module):
             f"D={self.hidden_size}, F={self.ffn_hidden_size}"
         )
 
-    def _run_experts(self, hidden: Tensor, routing: Routing) -> Tensor:
+    def _run_experts(
+        self, hidden: Tensor, routing: Routing, beside: Callable[[], Tensor] | None, traffic: Traffic | None
+    ) -> Tensor:
         if self.ep_size == 1:
-            return run_local(hidden, routing, self.experts)
+            y = run_local(hidden, routing, self.experts)
+            return y if beside is None else y + beside()
         if self.ep_group is None:
             self.ep_group = self._join_group()
-        return run_all_to_all(hidden, routing, self.experts, self.ep_group)
+        return run_all_to_all(
+            hidden,
+            routing,
+            self.experts,
+            self.dispatch_groups(),
+            chunks=self.dispatch.chunks,
+            beside=beside,
+            traffic=traffic,
+        )
+
+    def _shared_output(self, hidden: Tensor, real: Tensor | None) -> Callable[[], Tensor]:
+        """What computes the shared module's output [T, D], 0 for padding, under the autocast that is on now."""
+        device = hidden.device.type
+        autocast = torch.autocast(
+            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
+        dtype = next(self.experts.parameters()).dtype
+
+        def compute() -> Tensor:
+            assert self.shared is not None
+            with autocast:
+                output: Tensor = self.shared(hidden).to(dtype)
+            return output if real is None else torch.where(real[:, None], output, 0.0)
+
+        return compute
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As every module; the placement comes back with the buffers that hold it."""

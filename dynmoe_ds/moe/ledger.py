@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from dynmoe_ds.distributed import Traffic
 from dynmoe_ds.errors import RoutingError
 from dynmoe_ds.moe.labels import counted_part, current_labels
+from dynmoe_ds.moe.layer_traffic import LayerTraffic
 from dynmoe_ds.routing import Routing, RoutingRecords
 from dynmoe_ds.routing.token_kinds import count_kinds
 
@@ -70,6 +72,7 @@ class StepLedger:
         self._strain: dict[MoELayer, Tensor] = {}
         self._losses: list[Tensor] = []
         self._records: dict[MoELayer, RoutingRecords] = {}
+        self._traffic: dict[MoELayer, LayerTraffic] = {}
         self._tokens: list[Token[StepLedger | None]] = []
 
     def __enter__(self) -> StepLedger:
@@ -91,6 +94,15 @@ class StepLedger:
                 record = replace(record, statistics=record.statistics | {STRAIN: self._strain[layer].clone()})
             found[layer.name or f"layer_{i}"] = record
         return found
+
+    def traffic(self) -> dict[str, LayerTraffic]:
+        """What this rank has sent to others by layer name, of layers with `ep_size` above 1.
+
+        Backward passes that are done count; the recomputation of activation checkpointing does not, though it sends
+        the forward pass once more.
+        """
+        names = {layer: layer.name or f"layer_{i}" for i, layer in enumerate(self._records)}
+        return {names[layer]: traffic for layer, traffic in self._traffic.items()}
 
     def add(
         self, layer: MoELayer, routing: Routing, hidden: Tensor, real: Tensor | None, shape: tuple[int, ...]
@@ -118,6 +130,12 @@ class StepLedger:
         self._records[layer] = self._records[layer] + record if layer in self._records else record
         if self._sampler is not None:
             self._sampler.add(layer, hidden, routing.mask, real)
+
+    def traffic_of(self, layer: MoELayer, mask: Tensor, dtype: torch.dtype) -> Traffic:
+        """The counter for the bytes of one call of `layer`, whose tokens go to the slots of mask [T, S] as `dtype`."""
+        traffic = self._traffic.setdefault(layer, LayerTraffic())
+        traffic.expect(mask, layer.ep_size, layer.hidden_size * dtype.itemsize)
+        return traffic.sent
 
     def add_output(self, layer: MoELayer, routing: Routing, y: Tensor) -> None:
         """Note the output y [..., D] of a routing of `layer`, and the routing's strain when y's gradient is there."""

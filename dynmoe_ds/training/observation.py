@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dynmoe_ds.models import FlopCount, ParameterCount
-from dynmoe_ds.moe import Placement
+from dynmoe_ds.moe import LayerTraffic, Placement
 from dynmoe_ds.routing import mean_k_per_kind
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
@@ -56,6 +56,19 @@ def pool_metrics(placements: Mapping[str, Placement], observables: Mapping[str, 
     for layer, values in observables.items():
         found += [_metric(f"moe/controller/{name}/{layer}", value) for name, value in values.items()]
     return found
+
+
+def traffic_metrics(traffic: Mapping[str, LayerTraffic], num_tokens: int) -> list[Metric]:
+    """What this rank sent to others in all layers for its `num_tokens` tokens; nothing where it has all experts."""
+    if not traffic:
+        return []
+    total = sum(traffic.values(), LayerTraffic())
+    values = {
+        "moe/sent_row_bytes_per_token": total.sent.row_bytes,
+        "moe/least_row_bytes_per_token": int(total.least_row_bytes),
+        "moe/sent_metadata_bytes_per_token": total.sent.metadata_bytes,
+    }
+    return [Metric(name=name, value=value / max(num_tokens, 1), reduction="mean") for name, value in values.items()]
 
 
 def _metric(name: str, value: float) -> Metric:

@@ -26,7 +26,7 @@ from dynmoe_ds.export import save_model
 from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
-from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics
+from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, traffic_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
 from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
@@ -84,6 +84,7 @@ class Trainer:
             timeout_s=timeout_s,
             token_kinds=self.task.token_kinds,
             on_non_finite="skip_step" if config.training.on_non_finite == "skip_step" else "stop",
+            dispatch=config.parallel.dispatch,
         )
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
@@ -231,6 +232,7 @@ class Trainer:
         loads = self.interval.loads
         metrics = self._training_metrics(done) + self._routing_metrics("moe", loads)
         metrics += pool_metrics(self.placements, self.engine.observables())
+        metrics += traffic_metrics(self.engine.take_traffic(), self.interval.num_steps * self._tokens_per_step())
         if is_eval:
             metrics += self._evaluate()
         self.run_log.log(done, metrics)
@@ -241,10 +243,7 @@ class Trainer:
     def _training_metrics(self, done: int) -> list[Metric]:
         losses = self.interval.mean_losses()  # waits for the device, so the clock is read after it
         elapsed_s = time.perf_counter() - self.interval.started_s
-        training = self.config.training
-        num_steps = self.interval.num_steps
-        sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
-        tokens_per_step = sequences_per_step * self.task.tokens_per_example
+        num_steps, tokens_per_step = self.interval.num_steps, self._tokens_per_step()
         names = ("train/loss", "train/aux_loss")
         metrics = [
             *(Metric(name=name, value=value, reduction="mean") for name, value in zip(names, losses, strict=False)),
@@ -253,10 +252,15 @@ class Trainer:
             Metric(name="train/tokens_seen", value=done * tokens_per_step, reduction="sum"),
             Metric(name="train/step_time_s", value=elapsed_s / num_steps, reduction="max"),
         ]
-        if training.on_non_finite != "stop":
+        if self.config.training.on_non_finite != "stop":
             metrics.append(Metric(name="train/skipped_steps", value=self.engine.skipped_steps, reduction="last"))
         norm = self.engine.gradient_norm()
         return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
+
+    def _tokens_per_step(self) -> int:
+        """Training tokens of this rank per optimiser step."""
+        training = self.config.training
+        return training.micro_batch_size * training.gradient_accumulation_steps * self.task.tokens_per_example
 
     def _evaluate(self) -> list[Metric]:
         """What the task measures on the held-out data, and how their tokens are routed."""

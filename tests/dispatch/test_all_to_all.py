@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
-from dynmoe_ds.dispatch.all_to_all import _orders
+from dynmoe_ds.errors import ConfigError
 from tests.helpers.reference import assert_near, randomise
 from tests.helpers.spawn import run_ranks
 
@@ -29,7 +29,18 @@ CASES: dict[str, tuple[tuple[int, ...], dict[int, float]]] = {
 }
 
 
-def make(case: str, ep_size: int, dtype: torch.dtype, expert: str, router: str) -> dm.MoELayer:
+FLAT = dm.DispatchConfig()
+WAYS = (
+    FLAT,
+    dm.DispatchConfig(chunks=3),
+    dm.DispatchConfig(ranks_per_node=2),
+    dm.DispatchConfig(chunks=2, ranks_per_node=2),
+)
+
+
+def make(
+    case: str, ep_size: int, dtype: torch.dtype, expert: str, router: str, dispatch: dm.DispatchConfig = FLAT
+) -> dm.MoELayer:
     layer = dm.MoELayer(
         hidden_size=8,
         ffn_hidden_size=16,
@@ -39,6 +50,7 @@ def make(case: str, ep_size: int, dtype: torch.dtype, expert: str, router: str) 
         expert=expert,
         router=router,
         seed=0,
+        dispatch=dispatch,
     )
     randomise(layer.to(dtype))
     with torch.no_grad():
@@ -59,12 +71,12 @@ def run(layer: dm.MoELayer, x: Tensor, recompute: bool = False) -> dict[str, Ten
     return {"y": y.detach(), "x": x.grad} | grads
 
 
-def _equal_to_one_rank(rank: int, world_size: int, ep_size: int, cases: list[tuple[str, Any, str, str]]) -> list[int]:
+def _equal_to_one_rank(rank: int, world_size: int, ep_size: int, cases: list[tuple[Any, ...]]) -> list[int]:
     num_rows = []
-    for case, dtype, expert, router in cases:
+    for case, dtype, expert, router, dispatch in cases:
         counts = CASES[case][0][:world_size]
         hidden = torch.randn(sum(counts), 8, generator=torch.Generator().manual_seed(3)).to(dtype).split(counts)
-        layer = make(case, ep_size, dtype, expert, router)
+        layer = make(case, ep_size, dtype, expert, router, dispatch)
         layer.experts.register_forward_pre_hook(lambda _, args: num_rows.append(len(args[0])))
         got = run(layer, hidden[rank])
 
@@ -77,7 +89,7 @@ def _equal_to_one_rank(rank: int, world_size: int, ep_size: int, cases: list[tup
                 want = sum(parts)[layer.local_slots.start : layer.local_slots.stop]
             else:
                 want = by_rank[rank][name]
-            assert_near(value, want, what=f"{name}: {case}, {dtype}, {expert}, {router}")
+            assert_near(value, want, what=f"{name}: {case}, {dtype}, {expert}, {router}, {dispatch}")
 
         for recompute in (False, True):
             again = run(layer, hidden[rank], recompute)
@@ -90,10 +102,12 @@ LAYOUTS = {"EP 2": (2, 2), "EP 4": (4, 4), "EP 2 x 2": (4, 2)}
 
 @pytest.mark.parametrize(("world_size", "ep_size"), LAYOUTS.values(), ids=LAYOUTS)
 def test_expert_parallel_equals_one_rank(world_size, ep_size):
-    cases = [(case, torch.float64, "swiglu", "top_any") for case in CASES]
-    cases += [(case, torch.bfloat16, "gelu", "top_any_recommended") for case in CASES]
-    cases += [("uneven", torch.float32, expert, "top_any_recommended") for expert in ("swiglu", "gelu")]
-    cases += [("a rank without tokens", torch.float32, "swiglu", "top_any_authors_code")]
+    cases: list[tuple[Any, ...]] = [
+        (case, torch.float64, "swiglu", "top_any", way) for way in WAYS[: 4 if ep_size == 4 else 2] for case in CASES
+    ]
+    cases += [(case, torch.bfloat16, "gelu", "top_any_recommended", FLAT) for case in CASES]
+    cases += [("uneven", torch.float32, expert, "top_any_recommended", FLAT) for expert in ("swiglu", "gelu")]
+    cases += [("a rank without tokens", torch.float32, "swiglu", "top_any_authors_code", WAYS[1])]
     rows = run_ranks(_equal_to_one_rank, world_size, ep_size, cases)
     # The cases do what their names say.
     counts = CASES["everything to the first rank"][0][:ep_size]
@@ -115,11 +129,141 @@ def test_replicas_may_call_a_different_number_of_times():
     assert run_ranks(_groups_without_communication_between_them, 4) == [1, 1, 2, 2]
 
 
-def test_orders_between_source_rank_and_slot():
-    # Two source ranks and three slots here: rank 0 sends 2, 0, 1 rows, rank 1 sends 1, 2, 0.
-    received = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    rows = ["0a", "0a'", "0c", "1a", "1b", "1b'"]
-    by_slot, by_source = _orders(received, num_rows=6)
-    sorted_rows = [rows[i] for i in by_slot]
-    assert sorted_rows == ["0a", "0a'", "1a", "1b", "1b'", "0c"]
-    assert [sorted_rows[i] for i in by_source] == rows
+class CountedBytes:
+    """Bytes that this rank gives to torch.distributed for other ranks, rows [*, D] and the rest apart."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.rows = self.rest = self.calls = 0
+        send = dist.all_to_all_single
+
+        def counted(output, tensor, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+            size, own = group.size(), group.rank()
+            splits = input_split_sizes or [len(tensor) // size] * size
+            num_bytes = (sum(splits) - splits[own]) * tensor[:1].numel() * tensor.element_size()
+            if tensor.dim() == 2 and tensor.shape[1] == hidden_size and tensor.is_floating_point():
+                self.rows += num_bytes
+            else:
+                self.rest += num_bytes
+            self.calls += 1
+            return send(output, tensor, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+
+        self._counted, self._send = counted, send
+
+    def __enter__(self) -> "CountedBytes":
+        dist.all_to_all_single = self._counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_to_all_single = self._send
+
+
+WIDTH = 256
+
+
+def _bytes_on_the_wire(rank: int, world_size: int) -> list[dict[str, Any]]:
+    found = []
+    for k in (1, 2, 6):
+        for dispatch in WAYS:
+            layer = dm.MoELayer(
+                hidden_size=WIDTH,
+                ffn_hidden_size=16,
+                num_experts=16,
+                num_slots=16,
+                ep_size=4,
+                router=dm.TopKConfig(k=k),
+                seed=0,
+                dispatch=dispatch,
+            )
+            layer.name = "the layer"
+            x = torch.randn(200 + 30 * rank, WIDTH, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+            masks: list[Tensor] = []
+            layer.router.register_forward_hook(lambda _, args, routing, masks=masks: masks.append(routing.mask))
+            layer(x[:3])  # makes the groups
+            with CountedBytes(WIDTH) as counted, dm.StepLedger() as ledger:
+                y = layer(x)
+                forward = counted.rows
+                y.square().sum().backward()
+            traffic = ledger.traffic()["the layer"]
+            found.append(
+                {
+                    "mask": masks[-1],
+                    "forward": forward,
+                    "rows": counted.rows,
+                    "rest": counted.rest,
+                    "calls": counted.calls,
+                    "sent": (traffic.sent.row_bytes, traffic.sent.metadata_bytes),
+                    "least": int(traffic.least_row_bytes),
+                }
+            )
+    return found
+
+
+def test_bytes_on_the_wire_are_the_fewest_that_the_masks_allow():
+    """Every token once to every other rank, or node, with an expert that it chose; back; and both ways again."""
+    ranks = run_ranks(_bytes_on_the_wire, 4)
+    cases = [(k, dispatch) for k in (1, 2, 6) for dispatch in WAYS]
+    for i, (_, dispatch) in enumerate(cases):
+        found = [of_rank[i] for of_rank in ranks]
+        least = between_nodes = within_nodes = 0
+        for home, of_rank in enumerate(found):
+            for token in of_rank["mask"].tolist():
+                wanted = {slot // 4 for slot in range(16) if token[slot]}
+                least += len(wanted - {home})
+                if dispatch.ranks_per_node:
+                    nodes = {rank // 2 for rank in wanted}
+                    between_nodes += len(nodes - {home // 2})
+                    # In each node from the rank at home's own position to those with the experts.
+                    within_nodes += sum(2 * (rank // 2) + home % 2 != rank for rank in wanted)
+        num_rows = between_nodes + within_nodes if dispatch.ranks_per_node else least
+        row_bytes = WIDTH * 4
+        assert sum(of_rank["forward"] for of_rank in found) == 2 * num_rows * row_bytes, cases[i]
+        assert sum(of_rank["rows"] for of_rank in found) == 4 * num_rows * row_bytes, cases[i]
+        # The counter in the ledger says what torch.distributed was given, and the least comes from the masks alone.
+        for of_rank in found:
+            assert of_rank["sent"] == (of_rank["rows"], of_rank["rest"])
+        assert sum(of_rank["least"] for of_rank in found) == 4 * least * row_bytes
+        if dispatch == FLAT:
+            assert sum(of_rank["rest"] for of_rank in found) < 0.05 * sum(of_rank["rows"] for of_rank in found)
+            # Counts; rows, slots and weights; rows back; and rows, rows and weights in the backward pass.
+            assert {of_rank["calls"] for of_rank in found} == {8}
+        if dispatch.ranks_per_node:
+            assert between_nodes < least, "a token goes once to a node"
+
+
+def _shared_module(rank: int, world_size: int) -> None:
+    """A module for all tokens adds its output, whatever the layout; its gradient is that of the tokens here."""
+    torch.manual_seed(1)
+    shared = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 8)).double()
+    x = torch.randn(9 + rank, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    real = torch.arange(9 + rank) != 4
+    for dispatch in WAYS:
+        plain = make("uneven", 4, torch.float64, "swiglu", "top_any", dispatch)
+        layer = make("uneven", 4, torch.float64, "swiglu", "top_any", dispatch)
+        layer.shared = shared
+        want = plain(x, real) + torch.where(real[:, None], shared(x), 0.0)
+        (gradient,) = torch.autograd.grad(want.square().sum(), shared[0].weight)
+        got = layer(x, real)
+        assert_near(got, want, what=str(dispatch))
+        assert not got[4].any()
+        got.square().sum().backward()
+        assert_near(shared[0].weight.grad, gradient, what=str(dispatch))
+        shared.zero_grad()
+        plain.zero_grad()
+
+
+def test_a_module_that_all_tokens_pass():
+    run_ranks(_shared_module, 4)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "ep_size", "message"),
+    [
+        (dm.DispatchConfig(chunks=0), 1, "dispatch.chunks is 0 but must be at least 1."),
+        (dm.DispatchConfig(ranks_per_node=0), 1, "dispatch.ranks_per_node is 0 but must be at least 1."),
+        (dm.DispatchConfig(ranks_per_node=3), 4, "dispatch.ranks_per_node is 3 and ep_size 4, but one must divide"),
+    ],
+)
+def test_dispatch_that_cannot_work(dispatch, ep_size, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=message):
+        make("uneven", ep_size, torch.float32, "swiglu", "top_any", dispatch)

@@ -3,7 +3,7 @@ import torch
 from torch.autograd import gradcheck
 
 from dynmoe_ds.dispatch import plan_dispatch
-from dynmoe_ds.dispatch.plan import gather_rows, row_weights, sum_rows
+from dynmoe_ds.dispatch.plan import chosen_weights, gather_rows, sum_rows
 from tests.helpers.reference import assert_near
 
 
@@ -33,9 +33,12 @@ def pairs(mask: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def test_plan(mask):
-    plan, rows = plan_dispatch(mask), pairs(mask)
+    rows = pairs(mask)
+    plan, told = plan_dispatch(mask), plan_dispatch(mask, len(rows))
+    assert all(torch.equal(getattr(plan, name), getattr(told, name)) for name in plan.__slots__)
     assert plan.token_index.tolist() == [t for _, t in rows]
-    assert plan.flat_index.tolist() == [s * len(mask) + t for s, t in rows]
+    entries = [(int(t), int(s)) for t, s in mask.nonzero()]
+    assert plan.entry_index.tolist() == [entries.index((t, s)) for s, t in rows]
     assert plan.rows_per_slot.tolist() == [sum(s == slot for s, _ in rows) for slot in range(mask.shape[1])]
     by_token = [[i for i, (_, t) in enumerate(rows) if t == token] for token in range(len(mask))]
     assert plan.row_index.tolist() == [i for of_token in by_token for i in of_token]
@@ -65,7 +68,11 @@ def test_rows_and_sums(mask, dtype):
 
 def test_weights_of_rows(mask):
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
-    assert row_weights(weights, plan_dispatch(mask)).tolist() == [weights[t, s].item() for s, t in pairs(mask)]
+    rows = pairs(mask)
+    plan = plan_dispatch(mask)
+    of_entries = chosen_weights(weights, mask, len(rows))
+    assert of_entries.tolist() == weights[mask].tolist()
+    assert of_entries[plan.entry_index].tolist() == [weights[t, s].item() for s, t in rows]
 
 
 def test_sums_of_16_bit_rows_are_accumulated_in_float32():
@@ -78,7 +85,7 @@ def test_gradients_of_any_layout():
     hidden = torch.randn(13, 4, requires_grad=True)
     gather_rows(hidden, plan).sum().backward()  # an expanded gradient
     assert torch.equal(hidden.grad[:, 0], MASKS["uneven"].sum(1).float())
-    rows = torch.randn(len(plan.flat_index), 4, requires_grad=True)
+    rows = torch.randn(len(plan.token_index), 4, requires_grad=True)
     sum_rows(rows, plan).sum().backward()
     assert torch.equal(rows.grad, torch.ones_like(rows))
 

@@ -1,15 +1,21 @@
-"""Agreement, groups and exchange, on real ranks."""
+"""Agreement, groups and flights, on real ranks."""
+
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dynmoe_ds.distributed import (
+    Flight,
+    Parcel,
+    Splits,
+    Traffic,
     assert_same_on_all_ranks,
     current_layout,
-    exchange,
     exchange_counts,
     expert_parallel_group,
+    node_groups,
     raise_together,
     take_from_first_rank,
 )
@@ -92,6 +98,10 @@ def _groups(rank: int, world_size: int) -> None:
         assert dist.get_process_group_ranks(group) == list(range(first, first + ep_size))
         layout = current_layout(ep_size)
         assert (layout.world_size, layout.rank, layout.ep_rank) == (4, rank, dist.get_rank(group))
+    between, within = node_groups(4, 2)
+    assert node_groups(4, 2)[0] is between
+    assert dist.get_process_group_ranks(between) == [rank % 2, rank % 2 + 2]
+    assert dist.get_process_group_ranks(within) == [rank // 2 * 2, rank // 2 * 2 + 1]
     assert _message(expert_parallel_group, 3).startswith("ConfigError: ep_size is 3 but must divide the 4")
 
 
@@ -100,7 +110,7 @@ def _tensor(source: int, target: int, num_rows: int, width: int, dtype: torch.dt
     return rows + 32 * source + 4 * target
 
 
-def _exchange(rank: int, world_size: int) -> None:
+def _flights(rank: int, world_size: int) -> None:
     """Rows from p to q are known to both, so what must arrive is written down without communication."""
     group = dist.group.WORLD
     for counts in ("uneven", "empty", "one row", "all to the last"):
@@ -113,29 +123,53 @@ def _exchange(rank: int, world_size: int) -> None:
             }[counts]
             ranks = range(world_size)
             sent, received = [sizes(rank, q) for q in ranks], [sizes(p, rank) for p in ranks]
-            assert exchange_counts(torch.tensor(sent)[:, None], group).flatten().tolist() == received
+            traffic = Traffic()
+            assert exchange_counts(torch.tensor(sent)[:, None], group, traffic).flatten().tolist() == received
+            assert (traffic.row_bytes, traffic.metadata_bytes) == (0, 8 * (world_size - 1))
 
+            splits = Splits(sent=sent, received=received)
             wide = torch.cat([_tensor(rank, q, n, 3, dtype) for q, n in enumerate(sent)]).requires_grad_()
             thin = wide.detach()[:, 0].clone().requires_grad_()
-            got_wide, got_thin = exchange((wide * 1, thin * 1), sent, received, group)
+            whole = wide.detach()[:, 1].to(torch.uint8)
+            parcels = [
+                Parcel(tensor=wide * 1, splits=splits),
+                Parcel(tensor=whole, splits=splits, freight="metadata"),
+                Parcel(tensor=thin * 1, splits=splits, freight="metadata"),
+            ]
+            # Two in the air at once; both wait in the order of their start.
+            flights = [Flight(parcels, group, traffic), Flight(parcels, group)]
+            got_wide, got_whole, got_thin = flights[0].wait()
+            again, _, _ = flights[1].wait()
             assert torch.equal(got_wide, torch.cat([_tensor(p, rank, n, 3, dtype) for p, n in enumerate(received)]))
-            assert torch.equal(got_thin, got_wide[:, 0])
+            assert torch.equal(again, got_wide) and torch.equal(got_thin, got_wide[:, 0])
+            assert torch.equal(got_whole, got_wide[:, 1].to(torch.uint8)) and not got_whole.requires_grad
+            abroad = sum(sent) - sent[rank]
+            size = dtype.itemsize
+            assert traffic.row_bytes == abroad * 3 * size
+            assert traffic.metadata_bytes == 8 * (world_size - 1) + abroad * (1 + size)
+
+            sent_rows = [weakref.ref(parcels[0].tensor), weakref.ref(parcels[2].tensor)]
+            del parcels
+            assert [ref() for ref in sent_rows] == [None, None], "what was sent stays alive"
 
             # Each row comes back as a gradient, multiplied by the rank that had it; the other tensor gets zeros.
-            (got_wide * (rank + 1) * got_wide.detach()).sum().backward()
+            (got_wide * (rank + 1) * got_wide.detach() + 0 * again).sum().backward()
             scale = torch.cat([torch.full((n, 1), q + 1.0, dtype=dtype) for q, n in enumerate(sent)])
             assert torch.equal(wide.grad, wide.detach() * scale)
             assert thin.grad is not None and not thin.grad.any()
+            returned = sum(received) - received[rank]
+            assert traffic.row_bytes == (abroad + returned) * 3 * size
+            assert traffic.metadata_bytes == 8 * (world_size - 1) + abroad * (1 + size) + returned * size
 
 
-def _groups_and_exchange(rank: int, world_size: int) -> None:
+def _groups_and_flights(rank: int, world_size: int) -> None:
     _groups(rank, world_size)
-    _exchange(rank, world_size)
+    _flights(rank, world_size)
     for dtype in (torch.float64, torch.bool):
         value = torch.tensor([[rank == 0], [rank == 2]], dtype=dtype)
         take_from_first_rank(value)
         assert value.flatten().tolist() == [True, False]
 
 
-def test_groups_and_exchange():
-    run_ranks(_groups_and_exchange, 4)
+def test_groups_and_flights():
+    run_ranks(_groups_and_flights, 4)
