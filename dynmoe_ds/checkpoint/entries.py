@@ -28,6 +28,10 @@ class Entry:
         return (self.key,) if self.slots is None else tuple(self.slots)
 
 
+PLACEMENT_BUFFERS = ("active", "expert_ids", "next_expert_id")
+"""The buffers of a `MoELayer` that say which slot holds which expert."""
+
+
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
@@ -70,9 +74,9 @@ def _of_layer(name: str, layer: MoELayer, placement: Placement, key: str, tensor
     slots = {f"{_prefix(name)}{part}.{expert_id}.{own}": slot for expert_id, slot in placement.slots_by_id.items()}
     if part == "experts":
         return Entry(key=key, tensor=tensor, slots=slots, layer=layer)
-    if part != "router":
+    if part in PLACEMENT_BUFFERS:
         return None
-    if own in layer.router.slot_parameters() or own in layer.router.slot_buffers:
+    if part == "router" and (own in layer.router.slot_parameters() or own in layer.router.slot_buffers):
         return Entry(key=key, tensor=tensor, slots=slots)
     return Entry(key=key, tensor=tensor)
 

@@ -169,7 +169,8 @@ def _faults(
 def _frozen_faults(layers: Mapping[str, MoELayer], stage: int, adaptation: AdaptationConfig | None) -> Iterator[str]:
     """Frozen experts have no optimiser state to grow in, and no parameter group for ZeRO-1 and 2."""
     for name, layer in layers.items():
-        frozen = [key for key, param in layer.named_parameters() if not param.requires_grad]
+        own = {key: param for key, param in layer.named_parameters() if not key.startswith("shared.")}
+        frozen = [key for key, param in own.items() if not param.requires_grad]
         if frozen and adaptation is not None:
             yield f"{name}: adaptation needs parameters that train, but {', '.join(frozen)} are frozen."
         elif stage in (1, 2) and any(key.startswith("experts.") for key in frozen):

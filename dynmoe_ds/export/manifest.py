@@ -19,7 +19,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerManifest:
-    """One `MoELayer`. router: name and values, as in a run's configuration. expert_ids: the live experts, ascending."""
+    """One `MoELayer`. router: name and values, as in a run's configuration. expert_ids: the live experts, ascending.
+
+    has_shared: whether a module of any kind stands beside the experts, which is described nowhere.
+    """
 
     hidden_size: int
     ffn_hidden_size: int
@@ -28,6 +31,7 @@ class LayerManifest:
     expert_ids: tuple[int, ...]
     next_expert_id: int
     seed: int
+    has_shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,6 +129,7 @@ def _describe_layer(layer: MoELayer) -> LayerManifest:
         expert_ids=layer.placement.live_ids,
         next_expert_id=layer.placement.next_id,
         seed=layer.seed,
+        has_shared=layer.shared is not None,
     )
 
 
@@ -203,6 +204,11 @@ def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) 
 
 def _build_layer(name: str, described: LayerManifest, path: Path, ep_size: int, num_slots: int | None) -> MoELayer:
     num_live = len(described.expert_ids)
+    if described.has_shared:
+        raise CheckpointError(
+            f"{path}: {name} has a module that all tokens pass beside its experts (MoELayer's `shared`), which "
+            f"load_model cannot build. Build the model in your own code and read {WEIGHTS_FILE} with safetensors."
+        )
     if num_slots is None:
         num_slots = -(-num_live // max(ep_size, 1)) * max(ep_size, 1)
     if num_slots < num_live:

@@ -54,7 +54,8 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
     model without one has none. Count before ZeRO-3 splits the parameters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-    inside = {id(module) for layer in layers.values() for module in layer.modules()}
+    parts = [part for layer in layers.values() for part in (layer.router, layer.experts)]
+    inside = {id(module) for part in parts for module in part.modules()}
     linear = 0.0
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and id(module) not in inside:
