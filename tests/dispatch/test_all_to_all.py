@@ -183,14 +183,17 @@ def _bytes_on_the_wire(rank: int, world_size: int) -> list[dict[str, Any]]:
                 y = layer(x)
                 forward = counted.rows
                 y.square().sum().backward()
+                trained, rows, rest = counted.calls, counted.rows, counted.rest
+                with torch.inference_mode():
+                    layer.eval()(x[:1])
             traffic = ledger.traffic()["the layer"]
             found.append(
                 {
-                    "mask": masks[-1],
+                    "mask": masks[1],
                     "forward": forward,
-                    "rows": counted.rows,
-                    "rest": counted.rest,
-                    "calls": counted.calls,
+                    "rows": rows,
+                    "rest": rest,
+                    "calls": (trained, counted.calls - trained),
                     "sent": (traffic.sent.row_bytes, traffic.sent.metadata_bytes),
                     "least": int(traffic.least_row_bytes),
                 }
@@ -224,8 +227,9 @@ def test_bytes_on_the_wire_are_the_fewest_that_the_masks_allow():
         assert sum(of_rank["least"] for of_rank in found) == 4 * least * row_bytes
         if dispatch == FLAT:
             assert sum(of_rank["rest"] for of_rank in found) < 0.05 * sum(of_rank["rows"] for of_rank in found)
-            # Counts; rows, slots and weights; rows back; and rows, rows and weights in the backward pass.
-            assert {of_rank["calls"] for of_rank in found} == {8}
+            # Counts; rows, slots and weights; rows back; and rows, rows and weights in the backward pass. However many
+            # experts there are, also for one token.
+            assert {of_rank["calls"] for of_rank in found} == {(8, 5)}
         if dispatch.ranks_per_node:
             assert between_nodes < least, "a token goes once to a node"
 
@@ -240,9 +244,14 @@ def _shared_module(rank: int, world_size: int) -> None:
         plain = make("uneven", 4, torch.float64, "swiglu", "top_any", dispatch)
         layer = make("uneven", 4, torch.float64, "swiglu", "top_any", dispatch)
         layer.shared = shared
+        calls: list[int] = []
+        hook = shared.register_forward_hook(lambda _, args, out, calls=calls: calls.append(len(out)))
         want = plain(x, real) + torch.where(real[:, None], shared(x), 0.0)
         (gradient,) = torch.autograd.grad(want.square().sum(), shared[0].weight)
+        calls.clear()
         got = layer(x, real)
+        hook.remove()
+        assert calls == [len(x)], "once for all tokens"
         assert_near(got, want, what=str(dispatch))
         assert not got[4].any()
         got.square().sum().backward()
