@@ -25,4 +25,5 @@ def sum_slots(rows: Tensor, slot_ends: Tensor) -> Tensor:
 def sum_slots_torch(rows: Tensor, slot_ends: Tensor) -> Tensor:
     """The twin of `sum_slots`."""
     every_row = torch.arange(len(rows), device=rows.device)
-    return F.embedding_bag(every_row, rows, F.pad(slot_ends.long(), (1, 0)), mode="sum", include_last_offset=True)
+    # One bag more, as in `sum_rows`.
+    return F.embedding_bag(every_row, rows.contiguous(), F.pad(slot_ends.long(), (1, 0)), mode="sum")[:-1]
