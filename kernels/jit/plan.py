@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .launch import launch
 
-_PAIRS_PER_BLOCK = 2048
-_UNUSED_PER_BLOCK = 1024
+_PAIRS_PER_BLOCK = 1024
+UNUSED_PER_BLOCK = 1024
 
 
 @triton.jit
@@ -72,13 +72,13 @@ def plan_fill_kernel(
             tl.store(rows_per_slot + s, up_to_slot - before_slot, mask=s < S)
     else:
         total = tl.load(rows_up_to + num_cells - 1)
-        row = (block - num_blocks).to(tl.int64) * BLOCK_UNUSED + tl.arange(0, BLOCK_UNUSED)
-        is_unused = (row >= total) & (row < num_rows)
-        nothing = tl.zeros((BLOCK_UNUSED,), tl.int64)
-        tl.store(token_index + row, nothing, mask=is_unused)
-        tl.store(pair_index + row, nothing, mask=is_unused)
-        tl.store(entry_index + row, row, mask=is_unused)
-        tl.store(row_index + row, row, mask=is_unused)
+        spare_row = (block - num_blocks).to(tl.int64) * BLOCK_UNUSED + tl.arange(0, BLOCK_UNUSED)
+        is_spare = (spare_row >= total) & (spare_row < num_rows)
+        zeros = tl.zeros((BLOCK_UNUSED,), tl.int64)
+        tl.store(token_index + spare_row, zeros, mask=is_spare)
+        tl.store(pair_index + spare_row, zeros, mask=is_spare)
+        tl.store(entry_index + spare_row, spare_row, mask=is_spare)
+        tl.store(row_index + spare_row, spare_row, mask=is_spare)
 
 
 def plan_blocks(num_slots: int) -> dict[str, int]:
@@ -109,7 +109,7 @@ def launch_plan(mask: Tensor, num_rows: int | None) -> dict[str, Tensor]:
     rows_up_to = rows_per_block.cumsum(0, dtype=torch.int64)
     first_row = rows_per_token.cumsum(0, dtype=torch.int64)
     size = int(rows_up_to[-1]) if num_rows is None else num_rows
-    num_unused_blocks = 0 if num_rows is None else triton.cdiv(size, _UNUSED_PER_BLOCK)
+    num_unused_blocks = 0 if num_rows is None else triton.cdiv(size, UNUSED_PER_BLOCK)
     token_index, pair_index, row_index, entry_index = torch.empty(4, size, dtype=torch.int64, device=device)
     rows_per_slot = torch.empty(S, dtype=torch.int64, device=device)
     launch(
@@ -130,7 +130,7 @@ def launch_plan(mask: Tensor, num_rows: int | None) -> dict[str, Tensor]:
         S * num_blocks,
         size,
         **blocks,
-        BLOCK_UNUSED=_UNUSED_PER_BLOCK,
+        BLOCK_UNUSED=UNUSED_PER_BLOCK,
     )
     return {
         "token_index": token_index,

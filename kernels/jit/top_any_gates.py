@@ -29,9 +29,12 @@ def top_any_gates_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden [T, D], unit_rows [S, D] -> scores, is_open [T, S], lengths [T]. Grid: blocks of tokens, of slots."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    """hidden [T, D], unit_rows [S, D] -> scores, is_open [T, S], lengths [T]. Grid: blocks of slots, fastest, times
+    blocks of tokens, so that programs that run together read the same tokens."""
+    slot_blocks = tl.cdiv(S, BLOCK_S)
+    slot_block = tl.program_id(0) % slot_blocks
+    t = (tl.program_id(0) // slot_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    s = slot_block * BLOCK_S + tl.arange(0, BLOCK_S)
     products = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
     squares = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -51,7 +54,7 @@ def top_any_gates_kernel(
     cells = t[:, None] * S + s[None, :]
     tl.store(scores + cells, score, mask=inside)
     tl.store(is_open + cells, ((score > limit[None, :]) & is_active[None, :]).to(tl.uint8), mask=inside)
-    if tl.program_id(1) == 0:
+    if slot_block == 0:
         tl.store(lengths + t, length, mask=t < T)
 
 
@@ -71,9 +74,10 @@ def cosine_scores_grad_hidden_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """d cos(x, r) / dx = r / |x| - cos(x, r) x / |x|². Grid: blocks of tokens, of columns."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """d cos(x, r) / dx = r / |x| - cos(x, r) x / |x|². Grid: blocks of columns, fastest, times blocks of tokens."""
+    columns = tl.cdiv(D, BLOCK_D)
+    t = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = (tl.program_id(0) % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
     length = tl.load(lengths + t, mask=t < T, other=1)
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     along = tl.zeros((BLOCK_T,), tl.float32)
@@ -125,9 +129,17 @@ def cosine_scores_grad_rows_kernel(
     tl.store(partial + (split * S + s[:, None]) * D + d[None, :], total, mask=inside)
 
 
-def gate_blocks(num_slots: int) -> dict[str, int]:
-    """Sizes of the blocks of all three kernels: tiles of a matrix product take at least 16 of everything."""
-    return {"BLOCK_T": 64, "BLOCK_S": min(max(triton.next_power_of_2(num_slots), 16), 64), "BLOCK_D": 32}
+def gate_blocks(num_slots: int) -> dict[str, dict[str, int]]:
+    """Block sizes and warps of the three kernels, the largest that fit into the registers of all targets.
+
+    Tiles of matrix products take at least 16 of everything.
+    """
+    slots = min(max(triton.next_power_of_2(num_slots), 16), 64)
+    return {
+        "forward": {"BLOCK_T": 64, "BLOCK_S": slots, "BLOCK_D": 32, "num_warps": 4},
+        "grad_hidden": {"BLOCK_T": 64, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 8},
+        "grad_rows": {"BLOCK_T": 32, "BLOCK_S": slots, "BLOCK_D": 64, "num_warps": max(slots // 8, 4)},
+    }
 
 
 def precision() -> str:
@@ -144,10 +156,10 @@ def launch_top_any_gates(
     scores = torch.empty(T, S, dtype=torch.float32, device=device)
     lengths = torch.empty(T, dtype=torch.float32, device=device)
     is_open = torch.empty(T, S, dtype=torch.bool, device=device)
-    blocks = gate_blocks(S)
+    blocks = gate_blocks(S)["forward"]
     launch(
         top_any_gates_kernel,
-        (triton.cdiv(T, blocks["BLOCK_T"]), triton.cdiv(S, blocks["BLOCK_S"])),
+        (triton.cdiv(S, blocks["BLOCK_S"]) * triton.cdiv(T, blocks["BLOCK_T"]),),
         device,
         hidden.contiguous(),
         unit_rows.contiguous(),
@@ -173,11 +185,10 @@ def launch_cosine_scores_backward(
     check_shapes(unit_rows=(unit_rows, (S, D)), lengths=(lengths, (T,)), grad=(grad, (T, S)), scores=(scores, (T, S)))
     grad, hidden, lengths, scores = (t.contiguous() for t in (grad, hidden, lengths, scores))
     grad_hidden = torch.empty_like(hidden)
-    blocks = gate_blocks(S)
-    columns, slots = triton.cdiv(D, blocks["BLOCK_D"]), triton.cdiv(S, blocks["BLOCK_S"])
+    blocks = gate_blocks(S)["grad_hidden"]
     launch(
         cosine_scores_grad_hidden_kernel,
-        (triton.cdiv(T, blocks["BLOCK_T"]), columns),
+        (triton.cdiv(D, blocks["BLOCK_D"]) * triton.cdiv(T, blocks["BLOCK_T"]),),
         device,
         grad,
         hidden,
@@ -191,11 +202,12 @@ def launch_cosine_scores_backward(
         PRECISION=precision(),
         **blocks,
     )
+    blocks = gate_blocks(S)["grad_rows"]
     splits = triton.cdiv(T, _TOKENS_PER_SPLIT)
     partial = torch.empty(splits, S, D, dtype=torch.float32, device=device)
     launch(
         cosine_scores_grad_rows_kernel,
-        (splits, slots, columns),
+        (splits, triton.cdiv(S, blocks["BLOCK_S"]), triton.cdiv(D, blocks["BLOCK_D"])),
         device,
         grad,
         hidden,
