@@ -1,1 +1,37 @@
-"""Triton kernels, each with a plain-torch twin. None yet: the layer runs on torch.nn.functional.grouped_mm."""
+"""Operations that move and weight rows, each as a Triton kernel and as a plain-torch twin of the same signature.
+
+None of them is differentiable by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of
+the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
+"""
+
+from .gather_rows import gather_rows
+from .plan import PlanIndices, plan
+from .selection import KernelChoiceError, chosen_kernels, forced_kernels, use_triton
+from .slot_of_rows import slot_of_rows
+from .sum_rows import sum_rows
+from .sum_slots import sum_slots
+from .top_any_gates import cosine_scores_backward, top_any_gates
+from .weighted_bias import add_weighted_bias, add_weighted_bias_backward
+from .weighted_gelu import weighted_gelu, weighted_gelu_backward
+from .weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
+
+__all__ = [
+    "KernelChoiceError",
+    "PlanIndices",
+    "add_weighted_bias",
+    "add_weighted_bias_backward",
+    "chosen_kernels",
+    "cosine_scores_backward",
+    "forced_kernels",
+    "gather_rows",
+    "plan",
+    "slot_of_rows",
+    "sum_rows",
+    "sum_slots",
+    "top_any_gates",
+    "use_triton",
+    "weighted_gelu",
+    "weighted_gelu_backward",
+    "weighted_swiglu",
+    "weighted_swiglu_backward",
+]

@@ -105,4 +105,5 @@ def test_an_ordinary_installation_holds_every_package() -> None:
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     code = {module_name(path) for path in FILES if path.name == "__init__.py"}
     configs = {f"dynmoe_configs.{path.parent.name}" for path in root.glob("configs/*/*.yaml")}
-    assert set(listed) == code | configs | {"dynmoe_configs", "dynmoe_kernels"}
+    kernels = {f"dynmoe_{module_name(path)}" for path in root.glob("kernels/**/__init__.py")}
+    assert set(listed) == code | configs | kernels | {"dynmoe_configs"}

@@ -1,0 +1,70 @@
+"""How every kernel is launched, for the compiler: with the block sizes that its launch would choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynmoe_kernels.jit import (
+    gather_rows,
+    plan,
+    sum_rows,
+    sum_slots,
+    top_any_gates,
+    weighted_bias,
+    weighted_gelu,
+    weighted_swiglu,
+)
+from dynmoe_kernels.jit.launch import along_a_row
+from dynmoe_kernels.jit.slot import slot_block
+from tests.kernels.compilation import Build, Target
+
+SIZES = {"bf16": 2, "fp32": 4}
+WIDTH, SLOTS = 2048, 64
+
+
+def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Build]:
+    """Every kernel by its name, for rows of `dtype`. Widths are multiples of 16, numbers of tokens and slots not."""
+    block, warps = along_a_row(WIDTH, SIZES[dtype], target.lanes)
+    indices = {"row_index": "*i64", "first_row": "*i64", "token_index": "*i64", "pair_index": "*i64", "mask": "*u8"}
+    indices |= {"entry_index": "*i64", "rows_per_slot": "*i64", "rows_up_to": "*i64", "rows_per_block": "*i32"}
+    indices |= {"rows_per_token": "*i32", "slot_ends": "*i32", "active": "*u8", "is_open": "*u8"}
+    counts = dict.fromkeys(("T", "S", "D", "F", "num_blocks", "num_cells", "num_rows", "tokens_per_split"), "i32")
+    floats = ("row_weights", "grad_weights", "threshold", "scores", "lengths", "unit_rows", "partial")
+
+    def build(kernel: Any, num_warps: int = 4, types: dict[str, str] | None = None, **constants: Any) -> Build:
+        known = {**indices, **counts, **dict.fromkeys(floats, "*fp32"), **(types or {})}
+        names = [name for name in kernel.arg_names if name not in constants]
+        return Build(
+            kernel=kernel,
+            types={name: known.get(name, f"*{dtype}") for name in names},
+            constants=constants,
+            num_warps=num_warps,
+            multiples=[name for name in ("D", "F", "tokens_per_split") if name in names],
+        )
+
+    def row_wise(kernel: Any, **constants: Any) -> Build:
+        name = "BLOCK_D" if "BLOCK_D" in kernel.arg_names else "BLOCK_F"
+        if "BLOCK_S" in kernel.arg_names:
+            constants["BLOCK_S"] = slot_block(num_slots)
+        return build(kernel, warps, **{name: block}, **constants)
+
+    of_plan = plan.plan_blocks(num_slots)
+    of_gates = top_any_gates.gate_blocks(num_slots)
+    in_float32 = {"types": {"grad": "*fp32"}, "PRECISION": "tf32x3" if target.is_nvidia else "ieee"}
+    found = [
+        build(plan.plan_count_kernel, **of_plan),
+        build(plan.plan_fill_kernel, **of_plan, BLOCK_UNUSED=plan.UNUSED_PER_BLOCK),
+        row_wise(gather_rows.gather_rows_kernel),
+        row_wise(sum_rows.sum_rows_kernel),
+        row_wise(weighted_swiglu.weighted_swiglu_kernel),
+        row_wise(weighted_swiglu.weighted_swiglu_backward_kernel, WITH_PRODUCT=True),
+        row_wise(weighted_gelu.weighted_gelu_kernel),
+        row_wise(weighted_gelu.weighted_gelu_backward_kernel, WITH_PRODUCT=True),
+        row_wise(weighted_bias.add_weighted_bias_kernel),
+        row_wise(weighted_bias.weighted_bias_grad_weights_kernel),
+        build(sum_slots.sum_slots_kernel, HAS_WEIGHTS=True, **sum_slots.SUM_SLOTS_BLOCKS),
+        build(top_any_gates.top_any_gates_kernel, **in_float32, **of_gates["forward"]),
+        build(top_any_gates.cosine_scores_grad_hidden_kernel, **in_float32, **of_gates["grad_hidden"]),
+        build(top_any_gates.cosine_scores_grad_rows_kernel, **in_float32, **of_gates["grad_rows"]),
+    ]
+    return {build.kernel.__name__: build for build in found}
