@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dynmoe_ds.dispatch.local import run_slots
-from dynmoe_ds.dispatch.plan import chosen, chosen_weights, gather_rows, plan_dispatch, sum_rows
+from dynmoe_ds.dispatch.plan import chosen, gather_rows, plan_dispatch, sum_rows
 from dynmoe_ds.dispatch.slot_bits import pack_bits, unpack_bits
 from dynmoe_ds.distributed import Flight, Parcel, Splits, Traffic, exchange_counts
 from dynmoe_ds.experts import Experts
@@ -49,7 +49,7 @@ def run_all_to_all(
         hidden.split(sizes), masks, routing.weights.split(sizes), _agree_on_legs(masks, groups, traffic), strict=True
     )
     journeys = [
-        _travel(rows, mask, chosen_weights(weights, mask, sum(legs[0].entries.sent)), legs, experts, traffic)
+        _travel(rows, mask, _entries(weights, mask, sum(legs[0].entries.sent)), legs, experts, traffic)
         for rows, mask, weights, legs in parts
     ]
     return _side_by_side(journeys, beside)
@@ -73,7 +73,8 @@ def _travel(
     entries, by token and by slot.
     """
     if not legs:
-        return run_slots(hidden, mask, weights, len(weights), experts)
+        plan = plan_dispatch(mask, len(weights))
+        return run_slots(hidden, plan, weights.index_select(0, plan.entry_index), experts)
     leg, *rest = legs
     num_tokens, num_ranks = len(mask), leg.group.size()
     by_rank = mask.view(num_tokens, num_ranks, mask.shape[1] // num_ranks)
@@ -99,6 +100,11 @@ def _travel(
     yield
     (sums,) = flight.wait()
     return sum_rows(sums, plan)
+
+
+def _entries(weights: Tensor, mask: Tensor, num_entries: int) -> Tensor:
+    """The weights [N] of the chosen slots in weights [T, S], by token and by slot within one."""
+    return weights.reshape(-1).index_select(0, chosen(mask.reshape(-1), num_entries))
 
 
 def _rank_of_rows(rows_per_rank: Tensor, rows: Tensor) -> Tensor:

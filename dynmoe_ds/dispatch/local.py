@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dynmoe_ds.dispatch.plan import chosen_weights, gather_rows, plan_dispatch, sum_rows
+from dynmoe_ds.dispatch.plan import DispatchPlan, gather_rows, plan_dispatch, sum_rows
 from dynmoe_ds.experts import Experts
 from dynmoe_ds.routing import Routing
 
 
-def run_local(hidden: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """The experts' weighted outputs [T, D], summed per token, for hidden [T, D]. On a GPU it waits once, for N."""
-    num_rows = int(routing.mask.sum())
-    weights = chosen_weights(routing.weights, routing.mask, num_rows)
-    return run_slots(hidden, routing.mask, weights, num_rows, experts)
+def run_local(hidden: Tensor, routing: Routing, experts: Experts, most_rows: int | None = None) -> Tensor:
+    """The experts' weighted outputs [T, D], summed per token, for hidden [T, D].
+
+    most_rows: rows to make room for, at least as many as the mask holds; nothing waits for the device then, and every
+    tensor has the same size at every call. None: as many as there are, which the host waits for.
+    """
+    plan = plan_dispatch(routing.mask, most_rows)
+    weights = routing.weights.reshape(-1).index_select(0, plan.pair_index)
+    return run_slots(hidden, plan, weights, experts)
 
 
-def run_slots(hidden: Tensor, mask: Tensor, weights: Tensor, num_rows: int, experts: Experts) -> Tensor:
-    """As `run_local`, for mask [T, s] with `num_rows` entries, and their weights [N] as `chosen_weights` gives them."""
-    plan = plan_dispatch(mask, num_rows)
-    outputs = experts(gather_rows(hidden, plan), weights.index_select(0, plan.entry_index), plan.rows_per_slot)
-    return sum_rows(outputs, plan)
+def run_slots(hidden: Tensor, plan: DispatchPlan, weights: Tensor, experts: Experts) -> Tensor:
+    """As `run_local`, for a plan and the weights [N] of its rows."""
+    return sum_rows(experts(gather_rows(hidden, plan), weights, plan.rows_per_slot), plan)

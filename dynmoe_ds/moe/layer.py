@@ -182,7 +182,7 @@ class MoELayer(nn.Module):
         self, hidden: Tensor, routing: Routing, beside: Callable[[], Tensor] | None, traffic: Traffic | None
     ) -> Tensor:
         if self.ep_size == 1:
-            y = run_local(hidden, routing, self.experts)
+            y = run_local(hidden, routing, self.experts, self._most_rows(len(hidden)))
             return y if beside is None else y + beside()
         if self.ep_group is None:
             self.ep_group = self._join_group()
@@ -195,6 +195,13 @@ class MoELayer(nn.Module):
             beside=beside,
             traffic=traffic,
         )
+
+    def _most_rows(self, num_tokens: int) -> int | None:
+        """Rows to make room for; None for as many as there are."""
+        if not self.dispatch.static_shapes:
+            return None
+        most = self.router.config.most_experts
+        return num_tokens * (self.num_slots if most is None else min(most, self.num_slots))
 
     def _shared_output(self, hidden: Tensor, real: Tensor | None) -> Callable[[], Tensor]:
         """What computes the shared module's output [T, D], 0 for padding, under the autocast that is on now."""

@@ -55,6 +55,12 @@ class RouterConfig(ABC):
         """Live experts that a token's choice needs; pruning leaves at least as many."""
         return 1
 
+    @property
+    def most_experts(self) -> int | None:
+        """The most experts that a token can choose: `k_max` where a router has it; None for all slots."""
+        k_max: int | None = getattr(self, "k_max", None)
+        return k_max
+
     @abstractmethod
     def faults(self) -> list[str]:
         """One sentence per value that cannot work, each beginning with `router.`."""

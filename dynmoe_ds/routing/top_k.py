@@ -29,6 +29,11 @@ class TopKConfig(SoftmaxConfig):
     z_loss_weight: float = 0.0
 
     @property
+    def most_experts(self) -> int:
+        """All k choices, where no null expert is among them."""
+        return self.k
+
+    @property
     def min_experts(self) -> int:
         """Live experts that k choices need; pruning leaves at least as many."""
         return max(self.k - self.num_null_experts, 1)

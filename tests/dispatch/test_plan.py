@@ -3,7 +3,7 @@ import torch
 from torch.autograd import gradcheck
 
 from dynmoe_ds.dispatch import plan_dispatch
-from dynmoe_ds.dispatch.plan import chosen_weights, gather_rows, sum_rows
+from dynmoe_ds.dispatch.plan import gather_rows, sum_rows
 from tests.helpers.reference import assert_near
 
 
@@ -34,20 +34,21 @@ def pairs(mask: torch.Tensor) -> list[tuple[int, int]]:
 
 def test_plan(mask):
     rows = pairs(mask)
-    plan, told = plan_dispatch(mask), plan_dispatch(mask, len(rows))
+    plan, told = plan_dispatch(mask, None), plan_dispatch(mask, len(rows))
     assert all(torch.equal(getattr(plan, name), getattr(told, name)) for name in plan.__slots__)
     assert plan.token_index.tolist() == [t for _, t in rows]
+    assert plan.pair_index.tolist() == [t * mask.shape[1] + s for s, t in rows]
+    assert plan.rows_per_slot.tolist() == [sum(s == slot for s, _ in rows) for slot in range(mask.shape[1])]
     entries = [(int(t), int(s)) for t, s in mask.nonzero()]
     assert plan.entry_index.tolist() == [entries.index((t, s)) for s, t in rows]
-    assert plan.rows_per_slot.tolist() == [sum(s == slot for s, _ in rows) for slot in range(mask.shape[1])]
     by_token = [[i for i, (_, t) in enumerate(rows) if t == token] for token in range(len(mask))]
     assert plan.row_index.tolist() == [i for of_token in by_token for i in of_token]
-    assert plan.first_row.tolist() == [sum(map(len, by_token[:token])) for token in range(len(mask))]
+    assert plan.first_row.tolist() == [sum(map(len, by_token[:token])) for token in range(len(mask) + 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_and_sums(mask, dtype):
-    plan, rows = plan_dispatch(mask), pairs(mask)
+    plan, rows = plan_dispatch(mask, None), pairs(mask)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(mask), 4, generator=generator).to(dtype).requires_grad_()
     gathered = gather_rows(hidden, plan)
@@ -66,22 +67,13 @@ def test_rows_and_sums(mask, dtype):
     assert torch.equal(grad, gathered.detach())
 
 
-def test_weights_of_rows(mask):
-    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
-    rows = pairs(mask)
-    plan = plan_dispatch(mask)
-    of_entries = chosen_weights(weights, mask, len(rows))
-    assert of_entries.tolist() == weights[mask].tolist()
-    assert of_entries[plan.entry_index].tolist() == [weights[t, s].item() for s, t in rows]
-
-
 def test_sums_of_16_bit_rows_are_accumulated_in_float32():
-    plan = plan_dispatch(torch.ones(1, 300, dtype=torch.bool))
+    plan = plan_dispatch(torch.ones(1, 300, dtype=torch.bool), None)
     assert sum_rows(torch.ones(300, 1, dtype=torch.bfloat16), plan).item() == 300  # 256 + 1 is 256 in bfloat16
 
 
 def test_gradients_of_any_layout():
-    plan = plan_dispatch(MASKS["uneven"])
+    plan = plan_dispatch(MASKS["uneven"], None)
     hidden = torch.randn(13, 4, requires_grad=True)
     gather_rows(hidden, plan).sum().backward()  # an expanded gradient
     assert torch.equal(hidden.grad[:, 0], MASKS["uneven"].sum(1).float())
@@ -91,6 +83,6 @@ def test_gradients_of_any_layout():
 
 
 def test_gradients_by_finite_differences():
-    plan = plan_dispatch(MASKS["uneven"])
+    plan = plan_dispatch(MASKS["uneven"], None)
     hidden = torch.randn(13, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda h: sum_rows(gather_rows(h, plan).square(), plan), hidden)
