@@ -82,7 +82,7 @@ def test_a_kernel_fits_where_sizes_are_one(kernel: str) -> None:
     fit(kernel, "bf16", "sm_90", types=others, ones=sizes)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel not in PRODUCTS])
 def test_a_kernel_fits_where_no_size_is_a_multiple_of_16(kernel: str) -> None:
     fit(kernel, "bf16", "sm_90", multiples=[])
 
@@ -91,7 +91,22 @@ def test_a_kernel_fits_where_no_size_is_a_multiple_of_16(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.startswith(("plan", "top", "cosine"))])
 def test_a_kernel_fits_with_few_and_with_many_slots(kernel: str, num_slots: int) -> None:
     target = TARGETS["sm_80"]
-    assert not faults(compiled(builds(target, "bf16", num_slots)[kernel], target), target, [])
+    build = replace(builds(target, "bf16", num_slots)[kernel], multiples=[])
+    assert not faults(compiled(build, target), target, [])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flag", "absent"),
+    [
+        ("weighted_swiglu_backward_kernel", "WITH_PRODUCT", "product"),
+        ("weighted_gelu_backward_kernel", "WITH_PRODUCT", "product"),
+        ("sum_slots_kernel", "HAS_WEIGHTS", "row_weights"),
+    ],
+)
+def test_a_kernel_fits_without_what_is_optional(kernel: str, flag: str, absent: str) -> None:
+    build = builds(TARGETS["sm_90"], "bf16")[kernel]
+    types = {name: kind for name, kind in build.types.items() if name != absent}
+    fit(kernel, "bf16", "sm_90", types=types, constants={**build.constants, flag: False, absent: None})
 
 
 def test_every_kernel_is_built() -> None:
