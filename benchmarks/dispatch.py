@@ -1,4 +1,4 @@
-"""What does it cost to bring tokens to the experts of other ranks and back: padded, per expert, and as the layer does it?
+"""What does it cost to bring tokens to other ranks and back: padded, a row per expert, and as the layer does it?
 
     python -m benchmarks.dispatch                                # 2, 4 and 8 gloo ranks of this machine, minutes
     python -m benchmarks.dispatch --ranks 4 --k 2 6 --experts 32
@@ -116,7 +116,7 @@ class GivenRouting(nn.Module):
 
 
 def draw_routing(cell: Cell, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mask [T, E], every expert chosen by itself with its share as probability, and even weights [T, E] with gradient."""
+    """Mask [T, E], every expert chosen by itself with its share as probability, and even weights [T, E]."""
     generator = torch.Generator().manual_seed(seed)
     shares = wanted_shares(cell.num_experts, cell.k, cell.routing)
     mask = torch.rand(num_tokens, cell.num_experts, generator=generator) < shares
@@ -297,8 +297,36 @@ def _row(cell: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def draw(cells: Sequence[Mapping[str, Any]], path: Path, tokens_per_rank: int) -> None:
-    """Bytes per token, and time, over k: a row of panels per pool and routing, a column per number of ranks."""
+def draw(cells: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Two pictures over k, bytes as multiples of the least and times; a row of panels per pool, a column per ranks."""
+    times = {
+        method: [1e3 * cell["methods"][method]["seconds"]["forward + backward"]["least"] for cell in cells]
+        for method in METHODS
+    }
+    sent = {
+        method: [(row_bytes(cell, method) + metadata_bytes(cell, method)) / cell["least_bytes"] for cell in cells]
+        for method in METHODS
+    }
+    what = "Bytes that one layer sends to other ranks, forward + backward, over the least that must travel"
+    return [
+        _draw_panels(cells, sent, folder / "dispatch.png", what, "bytes / least", is_ratio=True),
+        _draw_panels(
+            cells, times, folder / "dispatch_time.png", "Time of one layer, forward + backward, slowest rank", "ms",
+            is_ratio=False,
+        ),
+    ]  # fmt: skip
+
+
+def _draw_panels(
+    cells: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Sequence[float]],
+    path: Path,
+    title: str,
+    label: str,
+    *,
+    is_ratio: bool,
+) -> Path:
+    """values: by method, one per cell."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,43 +334,41 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path, tokens_per_rank: int) -
 
     sizes = list(dict.fromkeys(cell["ranks"] for cell in cells))
     kinds = list(dict.fromkeys((cell["num_experts"], cell["routing"]) for cell in cells))
-    colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue"), strict=True))
+    # Later ones are smaller, so that methods of equal values are all seen.
+    styles = dict(zip(METHODS, (("tab:red", 5), ("tab:orange", 9), ("tab:blue", 4)), strict=True))
     figure, axes = plt.subplots(
-        len(kinds), 2 * len(sizes), figsize=(3.1 * 2 * len(sizes), 2.5 * len(kinds) + 1), squeeze=False,
-        sharex=True, layout="constrained",
+        len(kinds), len(sizes), figsize=(3.6 * len(sizes), 2.4 * len(kinds) + 1), squeeze=False, sharex=True,
+        sharey="all" if is_ratio else "row", layout="constrained",
     )  # fmt: skip
     for (y, kind), (x, size) in itertools.product(enumerate(kinds), enumerate(sizes)):
-        shown = [cell for cell in cells if (cell["num_experts"], cell["routing"]) == kind and cell["ranks"] == size]
-        shown.sort(key=lambda cell: cell["k"])
-        k = [cell["k"] for cell in shown]
-        wire, clock = axes[y, x], axes[y, len(sizes) + x]
-        for method in METHODS:
-            sent = [
-                (row_bytes(cell, method) + metadata_bytes(cell, method)) / tokens_per_rank / size / 1024
-                for cell in shown
-            ]
-            wire.plot(k, sent, "o-", color=colours[method], markersize=4, label=method)
-            least = [1e3 * cell["methods"][method]["seconds"]["forward + backward"]["least"] for cell in shown]
-            clock.plot(k, least, "o-", color=colours[method], markersize=4)
-        least = [cell["least_bytes"] / tokens_per_rank / size / 1024 for cell in shown]
-        wire.plot(k, least, "k:", linewidth=2, label="least that must travel")
-        for axis, what in ((wire, "KiB per token"), (clock, "ms")):
+        axis = axes[y, x]
+        shown = [
+            i for i, cell in enumerate(cells)
+            if (cell["num_experts"], cell["routing"]) == kind and cell["ranks"] == size
+        ]  # fmt: skip
+        shown.sort(key=lambda i: cells[i]["k"])
+        k = [cells[i]["k"] for i in shown]
+        for method, (colour, marker_size) in styles.items():
+            axis.plot(k, [values[method][i] for i in shown], "o-", color=colour, markersize=marker_size, label=method)
+        if is_ratio:
+            axis.axhline(1.0, color="black", linestyle=":", linewidth=2, label="least that must travel")
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
+        else:
             axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.set_title(f"{size} ranks, E {kind[0]}, {kind[1]}", fontsize=8)
-            axis.set_ylabel(what, fontsize=8)
-            axis.tick_params(labelsize=8)
-            if y == len(kinds) - 1:
-                axis.set_xlabel("mean experts per token, k", fontsize=8)
-                axis.set_xticks(k)
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{size} ranks, {kind[0]} experts, {kind[1]}", fontsize=9)
+        axis.set_xticks(k)
+        if x == 0:
+            axis.set_ylabel(label)
+        if y == len(kinds) - 1:
+            axis.set_xlabel("mean experts per token, k")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(
-        "One layer, forward + backward. Left half: bytes sent to other ranks per token. Right half: time of the slowest "
-        "rank.", fontsize=10,
-    )  # fmt: skip
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return path
 
 
 def main() -> int:
@@ -373,9 +399,7 @@ def main() -> int:
         print(f"{size} ranks: {time.perf_counter() - began:.0f} s", flush=True)
     results = {"settings": side_by_side.settings(args), "machine": machine, "cells": found}
     paths = side_by_side.write_page(args.output, "dispatch", "Bytes and time between ranks", results, lines(found))
-    picture = args.output / "dispatch.png"
-    draw(found, picture, args.tokens)
-    for path in (*paths, picture):
+    for path in (*paths, *draw(found, args.output)):
         print(path)
     return 0
 

@@ -1,4 +1,4 @@
-"""What comparisons share: candidates in turn in every round, memory at its peak, ranks on one machine, pages of results.
+"""What comparisons share: candidates that take turns, memory at its peak, ranks on one machine, pages of results.
 
 Machines are noisy: minima are compared, since noise only adds time, and the median and the greatest time are kept
 beside them. All candidates run in every round, each round beginning with another one, so that what disturbs the machine

@@ -203,7 +203,7 @@ _Made = tuple[nn.Module, Callable[[Tensor], tuple[Tensor, Tensor | None]]]
 
 
 def _peers(layer: dm.MoELayer, cell: Cell) -> Iterator[tuple[str, Callable[[], _Made]]]:
-    """How to make each peer with the gate and the experts of our top-k layer. What holds the same weights shares them."""
+    """How to make each peer with the gate and the experts of our top-k layer; equal layouts share their weights."""
     made: dict[str, Any] = {}
 
     def deepspeed_moe(drop_tokens: bool) -> _Made:

@@ -96,7 +96,7 @@ def _thresholds(scores: Tensor, shares: Tensor) -> Tensor:
 def _scale(layer: dm.MoELayer, x: Tensor, shares: Tensor, set_shares: Callable[[Tensor], object]) -> None:
     """Set `shares` times the factor at which mean k is their sum: 1 without a fallback, less with one."""
     set_shares(shares)
-    if not layer.router.config.training_fallback == "top_1":
+    if layer.router.config.training_fallback != "top_1":
         return
     low, high = 0.0, 1.0
     for _ in range(12):

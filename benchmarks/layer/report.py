@@ -14,11 +14,12 @@ BOTH = "forward + backward"
 EXPLANATION = (
     "Times are minima over rounds in which all candidates take turns, with the greatest in brackets; ratios are to the "
     "dense FFN of width k x F, which has the FLOPs of k experts. Each of ours is timed with its auxiliary losses and "
-    "records, as in training. Memory is the peak of what forward and backward allocate beyond parameters and input; the "
-    "gradients of parameters are part of it and are told once more, since a layer has those of all its experts. "
-    "`busiest` is the load of the busiest expert over the mean. `off` is how far output and gradient of x are from those "
-    "of our layer with the same router, relative to the greatest entry, in float32. Peers with a top-k router have its "
-    "loads; DeepSpeed's dropping layer leaves out what exceeds the mean load, and so does less work under skew."
+    "records, as in training. Memory is the peak of what forward and backward allocate beyond parameters and input, as "
+    "torch's allocator sees it; the gradients of parameters are part of it and are told once more, since a layer has "
+    "those of all its experts. `busiest` is the load of the busiest expert over the mean. `off` is how far output and "
+    "gradient of x are from those of our layer with the same router, relative to the greatest entry, in float32. Peers "
+    "with a top-k router have its loads; DeepSpeed's dropping layer leaves out what exceeds the mean load, and so does "
+    "less work under skew."
 )
 
 
