@@ -471,13 +471,14 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = side_by_side.parser("train", __doc__ or "", rounds=20)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, help="of a rank (default: the cores, shared out)")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one number of ranks may take")
     args = parser.parse_args()
     if args.quick:
-        args.ranks, args.rounds = [1], 2
+        args.ranks, args.rounds, args.threads = [1], 2, 1
     machine, found = side_by_side.machine(torch.device("cpu")), []
     for size in args.ranks:
-        began, num_threads = time.perf_counter(), max((os.cpu_count() or 1) // size, 1)
+        began, num_threads = time.perf_counter(), args.threads or max((os.cpu_count() or 1) // size, 1)
         ranks = side_by_side.run_ranks(measure, size, args, timeout_s=args.timeout, num_threads=num_threads)
         found.append(ranks[0] | {"threads_per_rank": num_threads})
         print(f"{size} ranks: {time.perf_counter() - began:.0f} s", flush=True)
