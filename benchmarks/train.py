@@ -278,9 +278,11 @@ def measure_costs(setting: Setting, budgeted: Candidate, args: argparse.Namespac
     strained = Candidate.ours(
         setting, router, adaptation=dm.AdaptationConfig(every_steps=never, window_steps=never, rule="split_strained")
     )
+    # Of few experts none is idle, so none is pruned.
     ending = Candidate.ours(
         setting,
         router,
+        num_experts=setting.config.model.num_experts,
         adaptation=dm.AdaptationConfig(every_steps=2, window_steps=1, rule="split_strained", last_growth_step=0),
     )
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in COSTS}
@@ -313,7 +315,8 @@ def _growths(setting: Setting, router: RouterConfig, rounds: int) -> Iterator[tu
         grown = Candidate.ours(setting, router, num_experts=sizes.num_experts, adaptation=adaptation)
         for number in range(sizes.num_slots - sizes.num_experts):
             pair = grown.step(), grown.step()
-            assert _num_changes(grown) == (len(sizes.moe_layers()), 0), "every layer was to get an expert"
+            born, _ = _num_changes(grown)
+            assert born == len(sizes.moe_layers()), f"{born} layers got an expert, not every one"
             if number > 0 and count < rounds:
                 count += 1
                 yield pair

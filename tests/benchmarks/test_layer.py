@@ -86,6 +86,17 @@ def test_routers_get_the_loads_that_are_asked_for(router: str, dtype: torch.dtyp
     assert found.busiest == pytest.approx((mask.sum(0).max() / mask.sum(0).double().mean()).item())
 
 
+def test_what_a_fallback_adds_is_counted() -> None:
+    x = random_tokens(1024, 64, torch.float32)
+    layer = dm.MoELayer(
+        hidden_size=64, ffn_hidden_size=8, num_experts=16, num_slots=16, router="top_any_recommended", seed=0
+    )
+    set_loads(layer, x, wanted_shares(16, 1.5, "uniform"))
+    assert measure_load(layer, x).mean_k == pytest.approx(1.5, rel=0.005)
+    chose_nobody = int(layer.router(x, layer.active, None).unrouted.sum())
+    assert chose_nobody > 0.1 * len(x), "many tokens take the fallback's expert"
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_peers_compute_what_our_layer_computes(k: int) -> None:
     cell = Cell(num_experts=8, k=k, routing="uniform", dtype="float32", ffn_hidden_size=24)
