@@ -12,8 +12,8 @@ import json
 import multiprocessing as mp
 import os
 import platform
-import socket
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -234,14 +234,15 @@ def run_ranks(
     Raises: RankFailed with the traceback of the first rank that fails, or after `timeout_s`.
     """
     context = mp.get_context("spawn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    # A file, since a port that is free now may not be when the ranks have started.
+    store = tempfile.TemporaryDirectory()
     pipes, ranks = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run_rank, args=(function, rank, world_size, port, num_threads, timeout_s, sender, args), daemon=True
+            target=_run_rank,
+            args=(function, rank, world_size, store.name, num_threads, timeout_s, sender, args),
+            daemon=True,
         )
         # Read by OpenMP when the process starts, before any code of ours runs in it.
         with _environment(OMP_NUM_THREADS=f"{num_threads}"):
@@ -271,6 +272,7 @@ def run_ranks(
             process.join(timeout=2)
             process.kill()
             process.join()
+        store.cleanup()
     return [results[rank] for rank in range(world_size)]
 
 
@@ -278,7 +280,7 @@ def _run_rank(
     function: Callable[..., Any],
     rank: int,
     world_size: int,
-    port: int,
+    store: str,
     num_threads: int,
     timeout_s: float,
     sender: Any,
@@ -286,11 +288,14 @@ def _run_rank(
 ) -> None:
     os.environ.update(
         RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world_size}", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=f"{port}", DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
+        MASTER_PORT="0", DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     torch.set_num_threads(num_threads)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}/ranks", rank=rank, world_size=world_size, timeout=timeout
+        )
         sender.send((True, function(*args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))

@@ -92,7 +92,8 @@ def test_what_a_fallback_adds_is_counted() -> None:
         hidden_size=64, ffn_hidden_size=8, num_experts=16, num_slots=16, router="top_any_recommended", seed=0
     )
     set_loads(layer, x, wanted_shares(16, 1.5, "uniform"))
-    assert measure_load(layer, x).mean_k == pytest.approx(1.5, rel=0.005)
+    one_token_of_every_expert = 16 / len(x)
+    assert measure_load(layer, x).mean_k == pytest.approx(1.5, abs=one_token_of_every_expert)
     chose_nobody = int(layer.router(x, layer.active, None).unrouted.sum())
     assert chose_nobody > 0.1 * len(x), "many tokens take the fallback's expert"
 
