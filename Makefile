@@ -10,7 +10,7 @@ help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
 	@echo "make test       lint, types and all tests (about half an hour on 2 cores)"
-	@echo "make benchmark  compare the layer with a dense FFN of the same FLOPs"
+	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (10 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
 setup: $(STAMP)
@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/mypy
 
 benchmark: setup
-	$(BIN)/python benchmarks/layer.py --output docs/results/layer.json
+	$(BIN)/python -m benchmarks.layer
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""The layer beside its peers."""
