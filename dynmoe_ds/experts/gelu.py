@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe_ds.experts.all_slots import GELUOfAllSlots
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
-from dynmoe_ds.experts.grouped_linear import grouped_linear
+from dynmoe_ds.experts.host_memory import keep_large_blocks
 
 
 class GELUExperts(Experts):
@@ -28,12 +28,10 @@ class GELUExperts(Experts):
         self.b2 = nn.Parameter(torch.zeros(num_local_slots, hidden_size))
 
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
-        num_rows, scale = rows.shape[0], row_weights[:, None]
-        b1, b2 = (bias.repeat_interleave(rows_per_slot, dim=0, output_size=num_rows) for bias in (self.b1, self.b2))
-        inner = F.gelu(grouped_linear(rows, self.w1, rows_per_slot) + b1)
-        # The weight goes inside w2, rounded once to the model's dtype.
-        out = grouped_linear((inner * scale).to(rows.dtype), self.w2, rows_per_slot)
-        return out + (b2 * scale).to(rows.dtype)
+        if rows.device.type == "cpu":
+            keep_large_blocks()
+        slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
+        return GELUOfAllSlots.apply(rows, row_weights, slot_ends, self.w1, self.b1, self.w2, self.b2)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
         D, F_ = self.hidden_size, self.ffn_hidden_size
