@@ -4,6 +4,7 @@ from torch.autograd import gradcheck
 
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, swiglu
+from dynmoe_ds.experts.slot_by_slot import SlotBySlot
 from tests.helpers.reference import assert_near, expert
 
 KINDS = tuple(EXPERT_KINDS)
@@ -66,7 +67,7 @@ def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype):
         out = function(rows, weights, counts, *params)
         return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
-    by_slot = run(swiglu._SlotBySlot.apply, per_slot.tolist())
+    by_slot = run(SlotBySlot.apply, per_slot.tolist())
     grouped = run(swiglu._grouped, per_slot)
     for got, expected in zip(by_slot, grouped, strict=True):
         assert_near(got, expected.detach(), dtype)
