@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,45 +26,61 @@ class SlotBySlot(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, row_weights: Tensor, rows_per_slot: list[int], w1: Tensor, w3: Tensor, w2: Tensor
     ) -> Tensor:
-        gate, out = rows.new_empty(len(rows), w1.shape[1]), torch.empty_like(rows)
-        up = torch.empty_like(gate)
-        (inner,), wide = _for_one_slot(1, gate, rows_per_slot), _for_one_part(2, gate, row_weights)
-        by_slot = (tensor.split(rows_per_slot) for tensor in (rows, row_weights, gate, up, out))
-        for x, w, a, b, y, v1, v3, v2 in zip(*by_slot, w1, w3, w2, strict=True):
-            if len(x) > 0:
-                torch.mm(x, v1.T, out=a)
-                torch.mm(x, v3.T, out=b)
-                torch.mm(_weighted_swiglu(a, b, w, inner, wide), v2.T, out=y)
+        gate, up = (rows.new_empty(len(rows), w1.shape[1]) for _ in range(2))
         ctx.save_for_backward(rows, row_weights, gate, up, w1, w3, w2)
         ctx.rows_per_slot = rows_per_slot
-        return out
+        return slot_by_slot(rows, row_weights, rows_per_slot, w1, w3, w2, (gate, up))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_weights, gate, up, w1, w3, w2 = ctx.saved_tensors
+        grad = grad.contiguous()
         grad_rows, grad_weights, grad1, grad3, grad2 = (torch.empty_like(t) for t in (rows, row_weights, w1, w3, w2))
-        buffers = _for_one_slot(3, gate, ctx.rows_per_slot)
-        wide = _for_one_part(5, gate, row_weights)
-        by_slot = (
-            tensor.split(ctx.rows_per_slot)
-            for tensor in (rows, row_weights, gate, up, grad.contiguous(), grad_rows, grad_weights)
-        )
-        weights = (w1, w3, w2, grad1, grad3, grad2)
-        for x, w, a, b, g, gx, gw, v1, v3, v2, g1, g3, g2 in zip(*by_slot, *weights, strict=True):
-            if len(x) == 0:
-                for weight_grad in (g1, g3, g2):
-                    weight_grad.zero_()
+        buffers = _for_one_slot(3, rows, ctx.rows_per_slot, gate.shape[1])
+        wide = _for_one_part(5, row_weights, ctx.rows_per_slot, gate.shape[1])
+        for e, mine in enumerate(_rows_of_slots(ctx.rows_per_slot)):
+            if mine.start == mine.stop:
+                for weight_grad in (grad1, grad3, grad2):
+                    weight_grad[e].zero_()
                 continue
+            x, w, a, b, g, gw, gx = (t[mine] for t in (rows, row_weights, gate, up, grad, grad_weights, grad_rows))
             inner, ga, gb = (buffer[: len(x)] for buffer in buffers)
-            torch.mm(g, v2, out=gb)
+            torch.mm(g, w2[e], out=gb)
             for i in _parts(a):
                 _weighted_swiglu_backward(gb[i], ga[i], gw[i], inner[i], a[i], b[i], w[i], wide)
-            torch.mm(_transposed(g), inner, out=g2)
-            torch.mm(ga.T, x, out=g1)
-            torch.mm(gb.T, x, out=g3)
-            torch.mm(ga, v1, out=gx).addmm_(gb, v3)
+            torch.mm(_transposed(g), inner, out=grad2[e])
+            torch.mm(ga.T, x, out=grad1[e])
+            torch.mm(gb.T, x, out=grad3[e])
+            torch.mm(ga, w1[e], out=gx).addmm_(gb, w3[e])
         return grad_rows, grad_weights, None, grad1, grad3, grad2
+
+
+def slot_by_slot(
+    rows: Tensor,
+    row_weights: Tensor,
+    rows_per_slot: list[int],
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The outputs [N, D] of `SlotBySlot`. Leaves gate and up in `kept` [N, F] each; None keeps them for one slot only.
+
+    Touches the weights of those slots alone that have rows.
+    """
+    out = torch.empty_like(rows)
+    gate, up = kept or _for_one_slot(2, rows, rows_per_slot, w1.shape[1])
+    (inner,) = _for_one_slot(1, rows, rows_per_slot, w1.shape[1])
+    wide = _for_one_part(2, row_weights, rows_per_slot, w1.shape[1])
+    for e, mine in enumerate(_rows_of_slots(rows_per_slot)):
+        if mine.start < mine.stop:
+            x = rows[mine]
+            a, b = (gate[mine], up[mine]) if kept else (gate[: len(x)], up[: len(x)])
+            torch.mm(x, w1[e].T, out=a)
+            torch.mm(x, w3[e].T, out=b)
+            torch.mm(_weighted_swiglu(a, b, row_weights[mine], inner, wide), w2[e].T, out=out[mine])
+    return out
 
 
 def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor, buffer: Tensor, wide: list[Tensor]) -> Tensor:
@@ -102,6 +119,12 @@ def _weighted_swiglu_backward(
     _store_product(silu, weighted, grad_up)
 
 
+def _rows_of_slots(rows_per_slot: list[int]) -> Iterator[slice]:
+    """Where the rows of each slot are."""
+    ends = accumulate(rows_per_slot)
+    return (slice(end - count, end) for count, end in zip(rows_per_slot, ends, strict=True))
+
+
 def _parts(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of `matrix` [n, F], of so few rows that all that is made of a part stays in the cache."""
     rows = _rows_per_part(matrix.shape[1])
@@ -112,19 +135,18 @@ def _rows_per_part(width: int) -> int:
     return max(torch.get_num_threads() * _VALUES_PER_PART // width, 1)
 
 
-def _for_one_slot(count: int, like: Tensor, rows_per_slot: list[int]) -> list[Tensor]:
-    """Buffers [n, F] for the slot of most rows; like [N, F].
+def _for_one_slot(count: int, like: Tensor, rows_per_slot: list[int], width: int) -> list[Tensor]:
+    """Buffers [n, width] for the slot of most rows, of like's dtype.
 
-    Rows are a cache line longer than F: at powers of two, products with a transposed one are 10 to 20 % slower.
+    Rows are a cache line longer than that: at powers of two, products with a transposed one are 10 to 20 % slower.
     """
-    width = like.shape[1] + _CACHE_LINE_BYTES // like.element_size()
-    return [like.new_empty(max(rows_per_slot), width)[:, : like.shape[1]] for _ in range(count)]
+    padded = width + _CACHE_LINE_BYTES // like.element_size()
+    return [like.new_empty(max(rows_per_slot), padded)[:, :width] for _ in range(count)]
 
 
-def _for_one_part(count: int, like: Tensor, row_weights: Tensor) -> list[Tensor]:
-    """Buffers for a part of like [N, F] in the precision of row_weights."""
-    rows = min(_rows_per_part(like.shape[1]), len(like))
-    return [row_weights.new_empty(rows, like.shape[1]) for _ in range(count)]
+def _for_one_part(count: int, like: Tensor, rows_per_slot: list[int], width: int) -> list[Tensor]:
+    """Buffers [n, width] for a part of the slot of most rows, of like's dtype."""
+    return [like.new_empty(min(_rows_per_part(width), max(rows_per_slot)), width) for _ in range(count)]
 
 
 def _first_rows(buffer: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
 from dynmoe_ds.experts.grouped_linear import grouped_linear
 from dynmoe_ds.experts.host_memory import keep_large_blocks
-from dynmoe_ds.experts.slot_by_slot import SlotBySlot
+from dynmoe_ds.experts.slot_by_slot import SlotBySlot, slot_by_slot
 
 
 class SwiGLUExperts(Experts):
@@ -32,7 +32,8 @@ class SwiGLUExperts(Experts):
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         if rows.device.type == "cpu":
             keep_large_blocks()
-            return SlotBySlot.apply(rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+            arguments = (rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+            return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
         return _grouped(rows, row_weights, rows_per_slot, self.w1, self.w3, self.w2)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
