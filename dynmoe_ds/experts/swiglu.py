@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
 from dynmoe_ds.experts.grouped_linear import grouped_linear
 from dynmoe_ds.experts.host_memory import keep_large_blocks
+from dynmoe_ds.experts.slot_by_slot import SlotBySlot, slot_by_slot
 
 
 class SwiGLUExperts(Experts):
@@ -31,7 +32,8 @@ class SwiGLUExperts(Experts):
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         if rows.device.type == "cpu":
             keep_large_blocks()
-            return _SlotBySlot.apply(rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+            arguments = (rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+            return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
         return _grouped(rows, row_weights, rows_per_slot, self.w1, self.w3, self.w2)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
@@ -59,48 +61,6 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad_gate, grad_up, grad_weights, _ = _weighted_swiglu_backward(grad, *ctx.saved_tensors)
         return grad_gate, grad_up, grad_weights
-
-
-class _SlotBySlot(torch.autograd.Function):
-    """The whole network one slot after another, so that a slot's activations are still in a CPU's cache when used.
-
-    Beside the inputs it saves gate and up; the weighted product is computed again, which is cheaper than storing it.
-    Serves every dtype and size. Slots without rows cost nothing and get exact zeros as their gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, row_weights: Tensor, rows_per_slot: list[int], w1: Tensor, w3: Tensor, w2: Tensor
-    ) -> Tensor:
-        gate, out = rows.new_empty(len(rows), w1.shape[1]), torch.empty_like(rows)
-        up = torch.empty_like(gate)
-        by_slot = (tensor.split(rows_per_slot) for tensor in (rows, row_weights, gate, up, out))
-        for x, w, a, b, y, v1, v3, v2 in zip(*by_slot, w1, w3, w2, strict=True):
-            torch.mm(x, v1.T, out=a)
-            torch.mm(x, v3.T, out=b)
-            torch.mm(_weighted_swiglu(a, b, w), v2.T, out=y)
-        ctx.save_for_backward(rows, row_weights, gate, up, w1, w3, w2)
-        ctx.rows_per_slot = rows_per_slot
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, row_weights, gate, up, w1, w3, w2 = ctx.saved_tensors
-        grad_rows, grad_weights, grad1, grad3, grad2 = (torch.empty_like(t) for t in (rows, row_weights, w1, w3, w2))
-        by_slot = (
-            tensor.split(ctx.rows_per_slot)
-            for tensor in (rows, row_weights, gate, up, grad.contiguous(), grad_rows, grad_weights)
-        )
-        weights = (w1, w3, w2, grad1, grad3, grad2)
-        for x, w, a, b, g, gx, gw, v1, v3, v2, g1, g3, g2 in zip(*by_slot, *weights, strict=True):
-            ga, gb, weight_grad, inner = _weighted_swiglu_backward(torch.mm(g, v2), a, b, w)
-            gw.copy_(weight_grad)
-            torch.mm(g.T, inner, out=g2)
-            torch.mm(ga.T, x, out=g1)
-            torch.mm(gb.T, x, out=g3)
-            torch.mm(ga, v1, out=gx).addmm_(gb, v3)
-        return grad_rows, grad_weights, None, grad1, grad3, grad2
 
 
 def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor) -> Tensor:

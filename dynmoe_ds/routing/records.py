@@ -54,9 +54,12 @@ class RoutingRecords:
             num_tokens = (
                 torch.full((), hidden.shape[0], dtype=torch.int64, device=hidden.device) if real is None else real.sum()
             )
-            # Summed in the model's precision or better; one matrix-vector product, no copy of the chosen rows.
+            # Summed in the model's precision or better.
             wide = torch.promote_types(hidden.dtype, torch.float32)
-            unrouted_sum = routing.unrouted.to(wide) @ hidden.to(wide)
+            if hidden.device.type == "cpu":  # few tokens, as a rule
+                unrouted_sum = hidden[routing.unrouted].to(wide).sum(0)
+            else:  # a matrix-vector product, which need not wait for the number of these tokens
+                unrouted_sum = routing.unrouted.to(wide) @ hidden.to(wide)
             return cls(
                 tokens_per_slot=tokens_per_slot,
                 num_tokens=num_tokens,

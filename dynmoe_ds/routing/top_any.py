@@ -187,7 +187,7 @@ class TopAnyRouter(Router):
         config = self.config
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight = hidden.to(dtype), self.weight.to(dtype)
+            weight = self.weight.to(dtype)
             threshold = self._thresholds(self.threshold.to(dtype), self._buffers.get(SELECTION_BIAS), active)
             rows = losses.unit_rows(weight, active)
             scores = self._scores(hidden, weight, rows, active)
@@ -239,7 +239,7 @@ class TopAnyRouter(Router):
         """Scores [T, S], 0 for free slots; `rows` [S, D] are the `weight` [S, D] of the live slots at length 1."""
         if self.config.score == "cosine":
             return cosine_scores(hidden, rows)
-        logits = (hidden @ weight.T).masked_fill(~active, -torch.inf)
+        logits = (hidden.to(weight.dtype) @ weight.T).masked_fill(~active, -torch.inf)
         return torch.where(active, torch.log_softmax(logits, dim=1) + active.sum().to(logits.dtype).log(), 0.0)
 
     def _thresholds(self, threshold: Tensor, bias: Tensor | None, active: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, swiglu
+from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, slot_by_slot, swiglu
 from tests.helpers.reference import assert_near, expert
 
 KINDS = tuple(EXPERT_KINDS)
@@ -53,9 +55,12 @@ def test_gradients_by_finite_differences(kind):
     assert gradcheck(call, (rows, weights, *(p.detach().requires_grad_() for p in experts.parameters())))
 
 
+@pytest.mark.parametrize("values_per_part", [slot_by_slot._VALUES_PER_PART, 3 * 24, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype):
-    """The form for CPUs and the form for GPUs, with a slot without rows."""
+def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype, values_per_part, monkeypatch):
+    """The form for CPUs, in parts of all rows, of 3 and of 1, and the form for GPUs; with a slot without rows."""
+    monkeypatch.setattr(slot_by_slot, "_VALUES_PER_PART", values_per_part)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     per_slot = torch.tensor([20, 0, 13])
     shapes = [(33, 16), (33,), (3, 24, 16), (3, 24, 16), (3, 16, 24)]
     tensors = [torch.randn(*shape, generator=torch.Generator().manual_seed(i)) / 2 for i, shape in enumerate(shapes)]
@@ -66,11 +71,58 @@ def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype):
         out = function(rows, weights, counts, *params)
         return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
-    by_slot = run(swiglu._SlotBySlot.apply, per_slot.tolist())
+    by_slot = run(slot_by_slot.SlotBySlot.apply, per_slot.tolist())
     grouped = run(swiglu._grouped, per_slot)
     for got, expected in zip(by_slot, grouped, strict=True):
         assert_near(got, expected.detach(), dtype)
     assert not any(gradient[1].any() for gradient in by_slot[3:]), "the slot without rows"
+
+
+def test_a_second_backward_pass_through_swiglu_gives_the_same():
+    """The buffers that the backward pass overwrites are its own."""
+    experts = make("swiglu", torch.float32)
+    rows, weights, per_slot = rows_of(experts, [3, 0, 4, 1], torch.float32)
+    out, inputs = experts(rows, weights, per_slot), [rows, weights, *experts.parameters()]
+    first = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
+    second = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all storages that operations make inside the block."""
+
+    def __enter__(self):
+        self.storages = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # kept alive: no id twice
+        return out
+
+    @property
+    def num_bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_keeps_hidden_units_of_one_slot_only(mode, dtype):
+    counts, ffn, hidden = [5, 64, 0, *[64] * 13], 512, 8
+    experts = make("swiglu", dtype, len(counts), hidden, ffn)
+    rows, weights, per_slot = rows_of(experts, counts, dtype)
+    expected = experts(rows, weights, per_slot)
+    with mode(), Allocations() as made:
+        got = experts(rows, weights, per_slot)
+    assert torch.equal(got, expected)
+    padded = ffn + 64 // rows.element_size()
+    of_largest_slot = 3 * max(counts) * padded * rows.element_size() + 2 * max(counts) * ffn * weights.element_size()
+    assert made.num_bytes <= of_largest_slot + got.nbytes + 64 * len(counts)
 
 
 @pytest.mark.parametrize("kind", KINDS)

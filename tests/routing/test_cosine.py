@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from dynmoe_ds.routing import cosine
 from dynmoe_ds.routing.cosine import cosine_quantile, cosine_scores
 
 HIDDEN = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -31,6 +32,25 @@ def test_no_tokens():
     hidden = torch.zeros(0, 4, requires_grad=True)
     cosine_scores(hidden, ROWS.float()).sum().backward()
     assert hidden.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("values_per_part", [1, 3 * HIDDEN.shape[1], cosine._VALUES_PER_PART])
+def test_tokens_in_parts_and_of_a_narrower_dtype(values_per_part, monkeypatch):
+    """On a CPU: as if the tokens had been widened all at once, and their gradient rounded once."""
+    monkeypatch.setattr(cosine, "_VALUES_PER_PART", values_per_part)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    grad = torch.randn(len(HIDDEN), len(ROWS), generator=torch.Generator().manual_seed(2))
+    narrow, rows = HIDDEN.bfloat16().requires_grad_(), ROWS.float().requires_grad_()
+    scores = cosine_scores(narrow, rows)
+    wide, wide_rows = narrow.detach().double().requires_grad_(), rows.detach().double().requires_grad_()
+    expected = wide @ wide_rows.T / wide.norm(dim=1, keepdim=True)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected.float(), rtol=1e-5, atol=1e-6)
+    scores.backward(grad)
+    expected.backward(grad.double())
+    assert narrow.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.grad, wide.grad.bfloat16(), rtol=2**-7, atol=1e-6)  # one unit in the last place
+    torch.testing.assert_close(rows.grad, wide_rows.grad.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("hidden_size", "tolerance"), [(8, 0.03), (64, 0.005), (512, 0.003)])
