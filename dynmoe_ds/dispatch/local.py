@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dynmoe_ds.dispatch.plan import DispatchPlan, gather_rows, plan_dispatch, sum_rows
@@ -17,6 +18,10 @@ def run_local(hidden: Tensor, routing: Routing, experts: Experts, most_rows: int
     """
     plan = plan_dispatch(routing.mask, most_rows)
     weights = routing.weights.reshape(-1).index_select(0, plan.pair_index)
+    if most_rows is not None:
+        # Rows that are not there have weights of token 0; what comes back as their gradient is of no meaning.
+        is_row = torch.arange(most_rows, device=weights.device) < plan.first_row[-1]
+        weights = torch.where(is_row, weights, 0.0)
     return run_slots(hidden, plan, weights, experts)
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import dynmoe_kernels
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import dynmoe_kernels
 from dynmoe_ds.experts.products_by_slot import multiply, multiply_pairs
 
 

@@ -27,8 +27,10 @@ class Experts(nn.Module, ABC):
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         """`row_weights[i] · E_e(i)(rows[i])` [R, D] for rows [R, D] sorted by slot.
 
-        row_weights [R] float32 or wider; rows_per_slot [s] int64 sums to R. Connected to all inputs and all parameters
-        also when R is 0. Weighting inside means that the expert's output is never stored for the weights' gradient.
+        row_weights [R] float32 or wider. rows_per_slot [s] int64 sums to R, or less: further rows are of no slot, and
+        what comes out in their places, also as gradients of rows and weights, is undefined. Connected to all inputs and
+        all parameters also when R is 0. Weighting inside means that the expert's output is never stored for the
+        weights' gradient.
         """
 
     @abstractmethod

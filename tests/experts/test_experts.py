@@ -5,7 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, slot_by_slot, swiglu
+from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, slot_by_slot
+from dynmoe_ds.experts.all_slots import SwiGLUOfAllSlots
 from tests.helpers.reference import assert_near, expert
 
 KINDS = tuple(EXPERT_KINDS)
@@ -57,7 +58,7 @@ def test_gradients_by_finite_differences(kind):
 
 @pytest.mark.parametrize("values_per_part", [slot_by_slot._VALUES_PER_PART, 3 * 24, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype, values_per_part, monkeypatch):
+def test_swiglu_slot_by_slot_equals_swiglu_of_all_slots(dtype, values_per_part, monkeypatch):
     """The form for CPUs, in parts of all rows, of 3 and of 1, and the form for GPUs; with a slot without rows."""
     monkeypatch.setattr(slot_by_slot, "_VALUES_PER_PART", values_per_part)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -72,7 +73,7 @@ def test_swiglu_slot_by_slot_equals_swiglu_grouped(dtype, values_per_part, monke
         return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
     by_slot = run(slot_by_slot.SlotBySlot.apply, per_slot.tolist())
-    grouped = run(swiglu._grouped, per_slot)
+    grouped = run(SwiGLUOfAllSlots.apply, per_slot.cumsum(0, dtype=torch.int32))
     for got, expected in zip(by_slot, grouped, strict=True):
         assert_near(got, expected.detach(), dtype)
     assert not any(gradient[1].any() for gradient in by_slot[3:]), "the slot without rows"

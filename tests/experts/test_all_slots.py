@@ -1,0 +1,98 @@
+"""Experts of all slots at once, the form for GPUs, on a CPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynmoe_ds.experts.all_slots import GELUOfAllSlots, SwiGLUOfAllSlots
+from tests.helpers.reference import assert_near, expert
+
+D, F, COUNTS = 8, 16, [3, 0, 4, 1]
+SHAPES = {
+    "swiglu": {"w1": (4, F, D), "w3": (4, F, D), "w2": (4, D, F)},
+    "gelu": {"w1": (4, F, D), "b1": (4, F), "w2": (4, D, F), "b2": (4, D)},
+}
+FORMS = {"swiglu": SwiGLUOfAllSlots, "gelu": GELUOfAllSlots}
+
+
+@pytest.fixture(params=SHAPES)
+def kind(request) -> str:
+    return request.param
+
+
+def tensors(kind: str, dtype: torch.dtype, num_spare: int = 0) -> dict[str, Tensor]:
+    """Rows, their weights in float32 or wider, and parameters; leaves, with NaN in rows that are of no slot."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows = sum(COUNTS)
+    made = {"rows": torch.randn(num_rows + num_spare, D, generator=generator).to(dtype)}
+    made["row_weights"] = torch.rand(len(made["rows"]), generator=generator).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    made |= {name: torch.randn(*shape, generator=generator).to(dtype) / 2 for name, shape in SHAPES[kind].items()}
+    made["rows"][num_rows:] = torch.nan
+    return {name: value.requires_grad_() for name, value in made.items()}
+
+
+def run(kind: str, leaves: dict[str, Tensor]) -> Tensor:
+    rows, row_weights, *params = leaves.values()
+    return FORMS[kind].apply(rows, row_weights, torch.tensor(COUNTS).cumsum(0, dtype=torch.int32), *params)
+
+
+@pytest.mark.parametrize("num_spare", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_equal_the_formula(kind, dtype, num_spare):
+    leaves = tensors(kind, dtype, num_spare)
+    num_rows = sum(COUNTS)
+    out = run(kind, leaves)
+    assert out.dtype == dtype
+    grad = torch.randn(len(out), D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad[num_rows:] = torch.nan
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+
+    wide = {name: value.detach().double().requires_grad_() for name, value in leaves.items()}
+    p = {f"experts.{name}": value for name, value in wide.items()}
+    slots = [e for e, count in enumerate(COUNTS) for _ in range(count)]
+    want = torch.stack([wide["row_weights"][i] * expert(p, e, wide["rows"][i]) for i, e in enumerate(slots)])
+    expected = torch.autograd.grad(want, list(wide.values()), grad[:num_rows].double())
+    assert_near(out[:num_rows], want.detach())
+    for name, got, exact in zip(leaves, gradients, expected, strict=True):
+        of_rows = name in ("rows", "row_weights")
+        end = num_rows if of_rows else len(got)
+        assert got.dtype == leaves[name].dtype
+        assert_near(got[:end], exact[:end], dtype, what=name)
+        if not of_rows:
+            assert not got[1].any(), "the slot without rows"
+
+
+@pytest.mark.parametrize("make_grad", [lambda g: g.T.contiguous().T, lambda g: g[:1].expand_as(g)], ids=["T", "expand"])
+def test_gradients_of_any_layout(kind, make_grad):
+    leaves = tensors(kind, torch.float32)
+    grad = make_grad(torch.randn(sum(COUNTS), D))
+    assert not grad.is_contiguous()
+    out = run(kind, leaves)
+    got = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+    want = torch.autograd.grad(out, list(leaves.values()), grad.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(kind):
+    names = list(SHAPES[kind])
+    for frozen in names:
+        leaves = tensors(kind, torch.float32)
+        whole = torch.autograd.grad(run(kind, leaves).square().sum(), list(leaves.values()))
+        leaves[frozen].requires_grad_(False)
+        run(kind, leaves).square().sum().backward()
+        assert leaves[frozen].grad is None
+        for (name, leaf), want in zip(leaves.items(), whole, strict=True):
+            assert name == frozen or torch.equal(leaf.grad, want), (frozen, name)
+
+
+def test_only_parameters_inputs_and_products_are_saved(kind):
+    """Under ZeRO-3 a saved view would keep the gathered weight alive; an activation more would cost memory."""
+    leaves = tensors(kind, torch.float32)
+    saved = run(kind, leaves).grad_fn.saved_tensors
+    own = [tensor for tensor in saved if any(tensor is leaf for leaf in leaves.values())]
+    others = [tensor.shape for tensor in saved if not any(tensor is leaf for leaf in leaves.values())]
+    assert len(own) == len(leaves)
+    products = [(sum(COUNTS), F)] * {"swiglu": 2, "gelu": 1}[kind]
+    assert sorted(map(tuple, others)) == sorted([(len(COUNTS),), *products])
