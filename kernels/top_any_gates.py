@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .selection import use_triton
 
+_VALUES_PER_PART = 1 << 16  # in float32 a quarter of a megabyte
+
 
 def top_any_gates(
     hidden: Tensor, unit_rows: Tensor, threshold: Tensor, active: Tensor
@@ -40,10 +42,13 @@ def top_any_gates_torch(
     hidden: Tensor, unit_rows: Tensor, threshold: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of `top_any_gates`."""
-    wide = hidden.to(unit_rows.dtype)
-    lengths = torch.linalg.vector_norm(wide, dim=1)
-    lengths = lengths.masked_fill(lengths < 1e-12, torch.inf)
-    scores = (wide @ unit_rows.T).div_(lengths[:, None])
+    scores, lengths = unit_rows.new_empty(len(hidden), len(unit_rows)), unit_rows.new_empty(len(hidden))
+    for i in _parts(hidden):
+        wide = hidden[i].to(unit_rows.dtype)
+        torch.linalg.vector_norm(wide, dim=1, out=lengths[i])
+        torch.mm(wide, unit_rows.T, out=scores[i])
+    lengths.masked_fill_(lengths < 1e-12, torch.inf)
+    scores.div_(lengths[:, None])
     return scores, lengths, (scores > threshold) & active
 
 
@@ -51,8 +56,20 @@ def cosine_scores_backward_torch(
     grad: Tensor, hidden: Tensor, unit_rows: Tensor, lengths: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The twin of `cosine_scores_backward`."""
-    wide, column = hidden.to(unit_rows.dtype), lengths[:, None]
-    grad = grad / column
+    grad = grad / lengths[:, None]
     # d cos(x, r) / dx = r / |x| − cos(x, r) x / |x|²
-    along = (grad * scores).sum(1, keepdim=True).div_(column).neg_()
-    return torch.addmm(wide * along, grad, unit_rows).to(hidden.dtype), grad.T @ wide
+    along = (grad * scores).sum(1).div_(lengths).neg_()
+    grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(unit_rows)
+    for i in _parts(hidden):
+        wide = hidden[i].to(unit_rows.dtype)
+        grad_hidden[i] = torch.mul(wide, along[i, None]).addmm_(grad[i], unit_rows)
+        grad_rows.addmm_(grad[i].T, wide)
+    return grad_hidden, grad_rows
+
+
+def _parts(hidden: Tensor) -> list[slice]:
+    """Slices of the tokens of `hidden` [T, D]: on a CPU of so few that a part stays in cache, else all at once."""
+    num_tokens, width = hidden.shape
+    rows = torch.get_num_threads() * _VALUES_PER_PART // width if hidden.device.type == "cpu" else num_tokens
+    rows = max(rows, 1)
+    return [slice(first, first + rows) for first in range(0, num_tokens, rows)]

@@ -13,7 +13,7 @@ from dynmoe_ds.routing import losses
 from dynmoe_ds.routing.balancing_bias import SELECTION_BIAS, add_selection_bias, bias_faults, move_selection_bias
 from dynmoe_ds.routing.budget import Budget, BudgetConfig
 from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
-from dynmoe_ds.routing.cosine import cosine_quantile, cosine_scores
+from dynmoe_ds.routing.cosine import cosine_gates, cosine_quantile, cosine_scores
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
@@ -190,10 +190,13 @@ class TopAnyRouter(Router):
             weight = self.weight.to(dtype)
             threshold = self._thresholds(self.threshold.to(dtype), self._buffers.get(SELECTION_BIAS), active)
             rows = losses.unit_rows(weight, active)
-            scores = self._scores(hidden, weight, rows, active)
             eligible = eligible_pairs(active, real, len(hidden))
-
-            chosen = (scores > threshold) & eligible
+            if config.score == "cosine":
+                scores, chosen = cosine_gates(hidden, rows, threshold, active)
+                chosen = chosen & eligible
+            else:
+                scores = self._scores(hidden, weight, rows, active)
+                chosen = (scores > threshold) & eligible
             margins = torch.sigmoid(config.temperature * scores) - torch.sigmoid(config.temperature * threshold)
             unrouted = without_choice(chosen, real)
             chosen = keep_greatest(chosen, margins, config.k_max)

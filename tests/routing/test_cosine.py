@@ -1,13 +1,15 @@
 """Cosine scores against torch's own, and their hand-written gradient."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from dynmoe_ds.routing import cosine
-from dynmoe_ds.routing.cosine import cosine_quantile, cosine_scores
+from dynmoe_ds.routing.cosine import cosine_gates, cosine_quantile, cosine_scores
 
+gates = sys.modules["dynmoe_kernels.top_any_gates"]
 HIDDEN = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ROWS = F.normalize(torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
 
@@ -15,6 +17,14 @@ ROWS = F.normalize(torch.randn(3, 4, dtype=torch.float64, generator=torch.Genera
 def test_scores_are_cosines():
     expected = torch.cosine_similarity(HIDDEN[:, None], ROWS[None], dim=2)
     torch.testing.assert_close(cosine_scores(HIDDEN, ROWS), expected)
+
+
+def test_open_gates_are_those_above_their_thresholds_and_active():
+    threshold = torch.tensor([0.1, -0.3, -2.0], dtype=torch.float64)
+    scores, is_open = cosine_gates(HIDDEN, ROWS, threshold, torch.tensor([True, True, False]))
+    assert torch.equal(scores, cosine_scores(HIDDEN, ROWS))
+    assert is_open.tolist() == [[s[0] > 0.1, s[1] > -0.3, False] for s in scores.tolist()]
+    assert {False, True} <= set(is_open[:, :2].flatten().tolist())
 
 
 def test_gradient():
@@ -34,10 +44,10 @@ def test_no_tokens():
     assert hidden.grad.shape == (0, 4)
 
 
-@pytest.mark.parametrize("values_per_part", [1, 3 * HIDDEN.shape[1], cosine._VALUES_PER_PART])
+@pytest.mark.parametrize("values_per_part", [1, 3 * HIDDEN.shape[1], gates._VALUES_PER_PART])
 def test_tokens_in_parts_and_of_a_narrower_dtype(values_per_part, monkeypatch):
     """On a CPU: as if the tokens had been widened all at once, and their gradient rounded once."""
-    monkeypatch.setattr(cosine, "_VALUES_PER_PART", values_per_part)
+    monkeypatch.setattr(gates, "_VALUES_PER_PART", values_per_part)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     grad = torch.randn(len(HIDDEN), len(ROWS), generator=torch.Generator().manual_seed(2))
     narrow, rows = HIDDEN.bfloat16().requires_grad_(), ROWS.float().requires_grad_()
