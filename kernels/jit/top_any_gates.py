@@ -130,13 +130,13 @@ def cosine_scores_grad_rows_kernel(
 
 
 def gate_blocks(num_slots: int) -> dict[str, dict[str, int]]:
-    """Block sizes and warps of the three kernels, the largest that fit into the registers of all targets.
+    """Block sizes and warps of the three kernels, large ones that fit into the registers of all targets.
 
-    Tiles of matrix products take at least 16 of everything.
+    They also fit where D is no multiple of 16, which takes more. Tiles of products take at least 16 of everything.
     """
     slots = min(max(triton.next_power_of_2(num_slots), 16), 64)
     return {
-        "forward": {"BLOCK_T": 64, "BLOCK_S": slots, "BLOCK_D": 32, "num_warps": 4},
+        "forward": {"BLOCK_T": 64, "BLOCK_S": min(slots, 32), "BLOCK_D": 32, "num_warps": 4},
         "grad_hidden": {"BLOCK_T": 64, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 8},
         "grad_rows": {"BLOCK_T": 32, "BLOCK_S": slots, "BLOCK_D": 64, "num_warps": max(slots // 8, 4)},
     }
