@@ -17,6 +17,7 @@ from dynmoe_ds.moe.ledger import recording_ledger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
 from dynmoe_ds.routing import RouterConfig, Routing, build_router
+from dynmoe_kernels import KernelChoiceError, chosen_kernels
 
 
 class MoELayer(nn.Module):
@@ -62,6 +63,10 @@ class MoELayer(nn.Module):
         super().__init__()
         if faults := layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size):
             raise ConfigError(faults)
+        try:
+            chosen_kernels()
+        except KernelChoiceError as error:  # now, and not in the first forward pass
+            raise ConfigError(str(error)) from error
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.num_slots, self.ep_size, self.expert_kind = num_slots, ep_size, expert
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed

@@ -12,7 +12,7 @@ from dynmoe_kernels import cosine_scores_backward, top_any_gates
 
 
 def cosine_gates(hidden: Tensor, unit_rows: Tensor, threshold: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine [T, S] of hidden [T, D] with rows [S, D] of length 1 (or 0), and [T, S] bool where it passes threshold [S].
+    """Cosine [T, S] of hidden [T, D] with rows [S, D] of length 1 (or 0), and where it passes threshold [S].
 
     0, without a gradient, for zero vectors. Gates of slots that are not active [S] are closed. In the precision of
     unit_rows and threshold; hidden may be narrower. One autograd node: normalising by single operations would pass over

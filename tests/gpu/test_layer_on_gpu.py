@@ -35,6 +35,53 @@ def test_a_layer_on_a_gpu_equals_itself_on_the_cpu(expert: str, router: str) -> 
         assert_near(actual.cpu(), expected, torch.float32)
 
 
+def static_layer(expert: str = "swiglu") -> dm.MoELayer:
+    return dm.MoELayer(
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_experts=5,
+        num_slots=8,
+        router=dm.TopAnyConfig(k_max=3),
+        expert=expert,
+        seed=0,
+        dispatch=dm.DispatchConfig(static_shapes=True),
+    ).to("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("expert", ["swiglu", "gelu"])
+def test_static_shapes_never_wait_for_the_device(expert: str) -> None:
+    layer = static_layer(expert)
+    x = torch.randn(50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x).square().sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).square().sum().backward()
+        layer.dispatch = dm.DispatchConfig()
+        with pytest.raises(RuntimeError):
+            layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_replays_a_layer_with_other_tokens() -> None:
+    layer = static_layer().eval()
+    x = torch.randn(50, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for seed in range(3):
+            x.copy_(torch.randn(50, 64, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            assert_near(y, layer(x).clone(), torch.bfloat16)
+
+
 @pytest.mark.launcher
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_smoke_experiment_runs_on_one_gpu(stage: int, tmp_path: object) -> None:

@@ -420,6 +420,10 @@ def _cases_of(dtype: torch.dtype) -> Iterator[Case]:
         yield case(check_gates, **arguments, is_transposed=is_transposed)
 
 
+LAYERS = [("swiglu", False), ("swiglu", True), ("gelu", False), ("gelu", True)]
+"""Whole layers: the kind of the experts, and whether shapes are static."""
+
+
 def kernel_cases() -> list[Case]:
     """The cases of the kernels: the dtypes that they know, and what would take their twins too much memory."""
     return [*all_cases(FLOATS), Case(check=check_rows_beyond_32_bits)]

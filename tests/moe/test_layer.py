@@ -368,6 +368,12 @@ def test_sizes_that_cannot_work(sizes, message):
         layer_with(**sizes)
 
 
+def test_kernels_that_do_not_exist_are_refused_before_the_first_forward_pass(monkeypatch):
+    monkeypatch.setenv("DYNMOE_KERNELS", "fast")
+    with pytest.raises(ConfigError, match=r"DYNMOE_KERNELS is 'fast'\. Use auto, triton or torch\."):
+        layer_with()
+
+
 def test_all_faults_of_the_sizes_come_at_once():
     with pytest.raises(ConfigError, match="2 faults in the configuration") as caught:
         layer_with(num_experts=9, ep_size=0)
