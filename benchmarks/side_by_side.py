@@ -210,7 +210,7 @@ def write_page(folder: Path, name: str, title: str, found: Mapping[str, Any], li
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     data.write_text(json.dumps(found, indent=1) + "\n")
     told = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    asked = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+    asked = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
     head = [f"`python -m benchmarks.{name}` with {asked}.", "", f"Machine: {told}.", ""]
     before, after = f"# {title}\n\n", "\n"
     if page.exists() and _BEGIN in (text := page.read_text()):

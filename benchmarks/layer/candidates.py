@@ -47,9 +47,9 @@ class Cell:
 
 @dataclass(kw_only=True, slots=True)
 class Candidate:
-    """run: gives y [T, D] and the auxiliary loss (None without one) of x [T, D].
+    """run: gives y [T, D] and the auxiliary loss (None without one) of x [T, D]. module: whose parameters it trains.
 
-    load: None without experts. dropped: share of all choices that are left out. params: what it trains.
+    load: None without experts. dropped: share of all choices that are left out.
     """
 
     run: Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -95,7 +95,7 @@ def test_what_a_fallback_adds_is_counted() -> None:
     one_token_of_every_expert = 16 / len(x)
     assert measure_load(layer, x).mean_k == pytest.approx(1.5, abs=one_token_of_every_expert)
     chose_nobody = int(layer.router(x, layer.active, None).unrouted.sum())
-    assert chose_nobody > 0.1 * len(x), "many tokens take the fallback's expert"
+    assert chose_nobody > 3 * 16, "or what it adds could not be told from one token of every expert"
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
