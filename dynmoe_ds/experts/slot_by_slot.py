@@ -47,8 +47,8 @@ class SlotBySlot(torch.autograd.Function):
             x, w, a, b, g, gw, gx = (t[mine] for t in (rows, row_weights, gate, up, grad, grad_weights, grad_rows))
             inner, ga, gb = (buffer[: len(x)] for buffer in buffers)
             torch.mm(g, w2[e], out=gb)
-            for i in _parts(a):
-                _weighted_swiglu_backward(gb[i], ga[i], gw[i], inner[i], a[i], b[i], w[i], wide)
+            for part in _parts(gb, ga, gw, inner, a, b, w):
+                _weighted_swiglu_backward(wide, *part)
             torch.mm(_transposed(g), inner, out=grad2[e])
             torch.mm(ga.T, x, out=grad1[e])
             torch.mm(gb.T, x, out=grad3[e])
@@ -86,13 +86,14 @@ def slot_by_slot(
 def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor, buffer: Tensor, wide: list[Tensor]) -> Tensor:
     """`silu(gate) * up * w` [n, F] in w's precision, rounded once to gate's; in the first rows of `buffer`."""
     out = buffer[: len(gate)]
-    for i in _parts(gate):
-        silu = F.silu(_first_rows(wide[0], gate[i]).copy_(gate[i]), inplace=True)
-        _store_product(silu.mul_(_widened(up[i], wide[1])), row_weights[i, None], out[i])
+    for a, b, column, product in _parts(gate, up, row_weights[:, None], out):
+        silu = F.silu(_first_rows(wide[0], a).copy_(a), inplace=True)
+        _store_product(silu.mul_(_widened(b, wide[1])), column, product)
     return out
 
 
 def _weighted_swiglu_backward(
+    wide: list[Tensor],
     grad_up: Tensor,
     grad_gate: Tensor,
     grad_weights: Tensor,
@@ -100,9 +101,9 @@ def _weighted_swiglu_backward(
     gate: Tensor,
     up: Tensor,
     row_weights: Tensor,
-    wide: list[Tensor],
 ) -> None:
-    """The gradients of gate, up [n, F] and w [n], and the weighted product itself once more, into the first four.
+    """The gradients of gate, up [n, F] and w [n], and the weighted product itself once more, into the first four
+    tensors, by way of the buffers `wide`.
 
     On entry `grad_up` holds the gradient of the weighted product.
     """
@@ -125,10 +126,10 @@ def _rows_of_slots(rows_per_slot: list[int]) -> Iterator[slice]:
     return (slice(end - count, end) for count, end in zip(rows_per_slot, ends, strict=True))
 
 
-def _parts(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `matrix` [n, F], of so few rows that all that is made of a part stays in the cache."""
-    rows = _rows_per_part(matrix.shape[1])
-    return (slice(first, first + rows) for first in range(0, len(matrix), rows))
+def _parts(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`first` [n, F] and the others in parts of so few rows that all that is made of a part stays in the cache."""
+    rows = _rows_per_part(first.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (first, *others)), strict=True)
 
 
 def _rows_per_part(width: int) -> int:
@@ -150,7 +151,7 @@ def _for_one_part(count: int, like: Tensor, rows_per_slot: list[int], width: int
 
 
 def _first_rows(buffer: Tensor, like: Tensor) -> Tensor:
-    return buffer[: len(like)]
+    return buffer if len(buffer) == len(like) else buffer[: len(like)]
 
 
 def _widened(values: Tensor, buffer: Tensor) -> Tensor:
