@@ -244,8 +244,8 @@ def run_ranks(
             args=(function, rank, world_size, store.name, num_threads, timeout_s, sender, args),
             daemon=True,
         )
-        # Read by OpenMP when the process starts, before any code of ours runs in it.
-        with _environment(OMP_NUM_THREADS=f"{num_threads}"):
+        # Both are read before any code of ours runs there: by OpenMP, and by DeepSpeed when `function` is imported.
+        with _environment(OMP_NUM_THREADS=f"{num_threads}", DS_ACCELERATOR="cpu"):
             process.start()
         sender.close()
         pipes.append(receiver)
@@ -288,7 +288,7 @@ def _run_rank(
 ) -> None:
     os.environ.update(
         RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world_size}", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0", DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
+        MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     torch.set_num_threads(num_threads)
     try:

@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# DeepSpeed keeps the accelerator that it finds when it is imported.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynmoe_ds as dm
 from benchmarks.layer.loads import Load, measure_load, set_loads, wanted_shares
-from dynmoe_ds.engine import seam
 from dynmoe_ds.routing import RouterConfig
 
 ROUTERS = ("top_any", "top_any_recommended", "top_p", "relu", "expert_threshold")
@@ -107,8 +103,12 @@ def build(cell: Cell, x: Tensor) -> tuple[dict[str, Candidate], dict[str, str]]:
 
     They share experts where their layouts are the same, and the values of all experts are equal.
     """
-    seam.init_distributed(600.0)
     hidden_size, device = x.shape[1], x.device
+    # DeepSpeed keeps the accelerator that it finds when it is imported, so not before this.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from dynmoe_ds.engine import seam
+
+    seam.init_distributed(600.0)
     dense = DenseFFN(hidden_size, cell.k * cell.ffn_hidden_size).to(device=device, dtype=x.dtype)
     found = {DENSE: Candidate(run=lambda x: (dense(x), None), module=dense)}
     layers = _our_layers(cell, x)
