@@ -23,34 +23,36 @@ def chosen(mask: Tensor, num_rows: int) -> Tensor:
 
 def gather_rows(hidden: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows [N, D] of hidden [T, D], one per chosen (token, slot). Gradients are summed per token in a fixed order."""
-    return _GatherRows.apply(hidden, plan)
+    return _GatherRows.apply(hidden, plan.token_index, plan.row_index, plan.first_row)
 
 
 def sum_rows(rows: Tensor, plan: DispatchPlan) -> Tensor:
     """Sum [T, D] of every token's rows [N, D], zero for a token without rows, accumulated in float32 or wider."""
-    return _SumRows.apply(rows, plan)
+    return _SumRows.apply(rows, plan.token_index, plan.row_index, plan.first_row)
 
 
+# The indices are saved as tensors, so that activation checkpointing drops them, too. It computes the layer again when
+# the backward pass asks for the first of them, before that of the experts: at ZeRO-3, DeepSpeed's checkpointing would
+# else release the weights that the experts' backward pass has just gathered (tests/engine/test_schedule.py).
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return gather_rows_of(hidden.contiguous(), plan.token_index, plan.row_index, plan.first_row)
+    def forward(ctx: Any, hidden: Tensor, token_index: Tensor, row_index: Tensor, first_row: Tensor) -> Tensor:
+        ctx.save_for_backward(row_index, first_row)
+        return gather_rows_of(hidden.contiguous(), token_index, row_index, first_row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_rows_of(grad.contiguous(), ctx.plan.row_index, ctx.plan.first_row), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_rows_of(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return sum_rows_of(rows.contiguous(), plan.row_index, plan.first_row)
+    def forward(ctx: Any, rows: Tensor, token_index: Tensor, row_index: Tensor, first_row: Tensor) -> Tensor:
+        ctx.save_for_backward(token_index, row_index, first_row)
+        return sum_rows_of(rows.contiguous(), row_index, first_row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        plan = ctx.plan
-        return gather_rows_of(grad.contiguous(), plan.token_index, plan.row_index, plan.first_row), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_rows_of(grad.contiguous(), *ctx.saved_tensors), None, None, None
