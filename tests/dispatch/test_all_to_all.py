@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError
+from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import assert_near, randomise
 from tests.helpers.spawn import run_ranks
 
@@ -127,6 +128,27 @@ def _groups_without_communication_between_them(rank: int, world_size: int) -> in
 
 def test_replicas_may_call_a_different_number_of_times():
     assert run_ranks(_groups_without_communication_between_them, 4) == [1, 1, 2, 2]
+
+
+def _waits_of_the_host(rank: int, world_size: int) -> list[int]:
+    """How often a layer asks for a tensor's values, by way of dispatch; anything but `tolist` fails."""
+    lists = []
+    real = Tensor.tolist
+    Tensor.tolist = lambda self: lists.append(1) or real(self)
+    found = []
+    for dispatch in WAYS:
+        layer = make("uneven", 4, torch.float32, "gelu", "top_any", dispatch)  # on a CPU SwiGLU goes slot by slot
+        x = torch.randn(5 + rank, 8, requires_grad=True)
+        layer(x)  # makes the groups
+        lists.clear()
+        with NoWaiting():
+            layer(x).square().sum().backward()
+        found.append(len(lists))
+    return found
+
+
+def test_the_host_waits_for_the_device_once_per_layer():
+    assert run_ranks(_waits_of_the_host, 4) == [[1] * len(WAYS)] * 4
 
 
 class CountedBytes:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError
+from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import randomise
-from tests.routing.test_contract import NoWaiting
 
 ROUTERS = {
     "top_any without a bound": "top_any",

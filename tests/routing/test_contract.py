@@ -14,7 +14,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynmoe_ds as dm
 from dynmoe_ds.routing import (
@@ -28,6 +27,7 @@ from dynmoe_ds.routing import (
     router_names,
     update_routers,
 )
+from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import assert_near
 
 D, SLOTS, EXPERTS, T = 16, 9, 6, 48
@@ -370,17 +370,6 @@ def test_autocast_leaves_the_router_alone(name):
         cast = tensors(case(tokens()))
     for what, value in plain.items():
         assert torch.equal(cast[what], value), case.says(f"{what} changes under autocast")
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails at operations whose result the host must know, for which it would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount"):
-            raise AssertionError(f"waits for the device in aten::{name}")
-        return func(*args, **(kwargs or {}))
 
 
 @everywhere
