@@ -1,0 +1,126 @@
+"""What one rank must hold at the fullest moment of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynmoe_ds.planning.cluster import BYTES
+from dynmoe_ds.planning.layout import Layout
+from dynmoe_ds.planning.model_shape import ModelShape
+from dynmoe_ds.planning.work import MAX_LIVE
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size
+FLOAT32 = 4
+MOMENTS = 2  # Adam's
+# Tensors [T, S] in float32 that a router keeps for its backward pass: logits, scores or probabilities, mask and
+# weights, and the auxiliary losses' own. Counted for top-k; others differ by one or two.
+ROUTER_TENSORS = 6
+INDEX_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one rank by what needs them.
+
+    weights, gradients, masters, moments: as ZeRO splits them; masters are 0 where weights are their own. gathered:
+    split weights that are whole while layers run. buffers: DeepSpeed's bucket of gradients under way. activations:
+    saved for the backward pass, and the logits with their gradients. update: what the optimiser needs beside its state
+    while it runs.
+    """
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    gathered: float
+    buffers: float
+    activations: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """At the fullest moment: with all activations and the weights gathered, or, without these, in the update."""
+        always = self.weights + self.gradients + self.masters + self.moments
+        return always + max(self.gathered + self.buffers + self.activations, self.update)
+
+
+def memory_per_rank(
+    model: ModelShape, layout: Layout, *, commits_on_touch: bool, bucket_elements: int = BUCKET_ELEMENTS
+) -> Memory:
+    """Bytes of a rank.
+
+    With P_d parameters outside the experts and P_e of this rank's slots, n ranks and m replicas of an expert, ZeRO
+    splits P into P_d / n + P_e / m: masters and moments from stage 1 on, gradients from 2 on, weights at 3. In bfloat16
+    masters are float32 beside the weights; in float32 they are the weights themselves at stage 0 and, in DeepSpeed, a
+    copy from stage 1 on. Gradients have the model's dtype. From stage 1 on they pass through a bucket of
+    `bucket_elements`, whose memory is reserved whole, and committed as far as gradients fill it. Split weights stay
+    whole from the forward to the backward pass while they have at most 10⁹ elements (DeepSpeed's defaults). In the
+    update the gradients of a part are copied to float32 and Adam makes as much again.
+
+    commits_on_touch: as the cluster's.
+    """
+    width, stage = BYTES[layout.dtype], layout.zero_stage
+    slots_per_rank = model.num_slots // layout.ep_size
+    of_experts = [slots_per_rank * size for size in model.expert_tensors] * model.num_moe_layers
+    whole = model.dense_parameters + sum(of_experts)
+    part = model.dense_parameters / layout.num_ranks + sum(of_experts) / layout.edp_size
+    optimizer_part = whole if stage == 0 else part
+    is_own_master = layout.dtype == "float32" and stage == 0
+    split_elements = (model.dense_parameters if layout.num_ranks > 1 else 0) + (
+        sum(of_experts) if layout.edp_size > 1 else 0
+    )
+    filled = min(bucket_elements, whole) if commits_on_touch else bucket_elements
+    return Memory(
+        weights=width * (part if stage == 3 else whole),
+        gradients=width * (part if stage >= 2 else whole),
+        masters=0 if is_own_master else FLOAT32 * optimizer_part,
+        moments=MOMENTS * FLOAT32 * optimizer_part,
+        gathered=width * min(split_elements, MAX_LIVE) if stage == 3 else 0,
+        buffers=width * filled if stage >= 1 else 0,
+        activations=activation_bytes(model, layout),
+        update=FLOAT32 * (part * 2 if stage >= 1 else whole),
+    )
+
+
+def activation_bytes(model: ModelShape, layout: Layout) -> float:
+    """Of one micro step.
+
+    With checkpointing every layer keeps its input alone, and while one runs again what it keeps otherwise; that and the
+    logits are not there at the same time.
+    """
+    width, tokens = BYTES[layout.dtype], model.tokens
+    dense, moe = dense_layer_bytes(model, width), moe_layer_bytes(model, layout, width)
+    num_dense = model.num_layers - model.num_moe_layers
+    # log-softmax, its gradient and that of the logits, in float32; the final norm.
+    head = 3 * FLOAT32 * model.vocab_size + _norm_bytes(model, width)
+    if not layout.checkpointing:
+        return tokens * (num_dense * dense + model.num_moe_layers * moe + head)
+    inputs = model.num_layers * model.hidden_size * width
+    largest = max(dense if num_dense else 0.0, moe if model.num_moe_layers else 0.0)
+    return tokens * (inputs + max(largest, head))
+
+
+def dense_layer_bytes(model: ModelShape, width: int) -> float:
+    """Per token, of a layer without experts: `_attention_bytes`, and gate, its silu, up and their product, 4 F."""
+    return _attention_bytes(model, width) + 4 * model.dense_ffn_hidden_size * width
+
+
+def moe_layer_bytes(model: ModelShape, layout: Layout, width: int) -> float:
+    """Per token, of a layer with experts: attention; the router's tensors; k rows, each with gate and up.
+
+    A row keeps its input, D, and gate and up, 2 F (1 F without a gate), a weight and its gradient's place, and two
+    positions of the plan. What was sent and the rows that came back are not kept, since sums need only positions.
+    """
+    inner = (2 if model.is_gated else 1) * model.expert_ffn_hidden_size
+    row = (model.hidden_size + inner) * width + 2 * FLOAT32 + 3 * INDEX_BYTES
+    return _attention_bytes(model, width) + ROUTER_TENSORS * FLOAT32 * model.num_slots + model.mean_k * row
+
+
+def _attention_bytes(model: ModelShape, width: int) -> float:
+    """Per token: two norms; queries, keys and values after rotation and the attention's output, 4 D; its sums."""
+    return 2 * _norm_bytes(model, width) + 4 * model.hidden_size * width + model.num_heads * FLOAT32
+
+
+def _norm_bytes(model: ModelShape, width: int) -> float:
+    """Per token: a float32 copy of the input (the input itself in float32), the normalised and the scaled value."""
+    return model.hidden_size * (FLOAT32 + 2 * width) + FLOAT32
