@@ -1,7 +1,7 @@
 """How does a training step's cost grow, and can a model fitted on one and two ranks predict four?
 
-    python -m benchmarks.scale                 # measures, fits, writes docs/results/scale.* and configs/cluster/local_cpu.yaml
-    python -m benchmarks.scale --report        # only fits and writes again, from the measurements that are there
+    python -m benchmarks.scale            # measures and fits: docs/results/scale.*, configs/cluster/local_cpu.yaml
+    python -m benchmarks.scale --report   # only fits and writes again, from the measurements that are there
 
 Decoders of several sizes are trained on 1, 2 and 4 gloo ranks, one thread each. The ranks of a number of ranks are
 started `--passes` times, in turn; within a pass the steps of all cases are interleaved, and the least time counts. Ends

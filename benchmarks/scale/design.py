@@ -42,9 +42,10 @@ class Case:
 
     @property
     def name(self) -> str:
+        ranks = "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks"
         parts = [
-            f"{self.num_ranks} ranks, EP {self.ep_size}, ZeRO-{self.zero_stage}, T {self.length * self.batch}",
-            f"D {self.hidden_size}, F {self.ffn}, {self.num_layers} layers, E {self.experts}, k {self.k}",
+            f"{ranks}, EP {self.ep_size}, ZeRO-{self.zero_stage}, T {self.length * self.batch}, D {self.hidden_size}",
+            f"F {self.ffn}, {self.num_layers} layers, E {self.experts}, k {self.k}",
         ]
         parts += [f"{self.accumulation} micro steps"] if self.accumulation > 1 else []
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []

@@ -181,6 +181,7 @@ def _peak_bytes(case: Case) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = _Step(case)
         step()
+        gc.collect()
         with record_function(MARK):
             step()
     events = recorded.profiler.kineto_results.events()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from dynmoe_ds.planning.cluster import BYTES
 from dynmoe_ds.planning.layout import Layout
@@ -24,8 +24,10 @@ class Memory:
 
     weights, gradients, masters, moments: as ZeRO splits them; masters are 0 where weights are their own. gathered:
     split weights that are whole while layers run. buffers: DeepSpeed's bucket of gradients under way. activations:
-    saved for the backward pass, and the logits with their gradients. update: what the optimiser needs beside its state
-    while it runs.
+    saved for the backward pass, and the logits with their gradients. update: gradients and what the optimiser needs
+    beside its state while it runs. one_layer: what a layer has saved and makes while its backward pass runs.
+    gradients_before: what of the gradients is there when the last backward pass begins: those of earlier micro steps,
+    or ZeRO-3's, whose place is never given up.
     """
 
     weights: float
@@ -36,12 +38,25 @@ class Memory:
     buffers: float
     activations: float
     update: float
+    one_layer: float
+    gradients_before: float
 
     @property
     def total(self) -> float:
-        """At the fullest moment: with all activations and the weights gathered, or, without these, in the update."""
-        always = self.weights + self.gradients + self.masters + self.moments
-        return always + max(self.gathered + self.buffers + self.activations, self.update)
+        """At the fullest moment: where the backward pass begins, where it ends, or in the update."""
+        always = self.weights + self.masters + self.moments
+        on_the_way = self.gathered + self.buffers
+        return always + max(
+            self.gradients_before + on_the_way + self.activations,
+            self.gradients + on_the_way + self.one_layer,
+            self.update,
+        )
+
+    def terms(self) -> dict[str, float]:
+        """What is there for long, by name, the greatest first."""
+        brief = ("update", "one_layer", "gradients_before")
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in brief}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def memory_per_rank(
@@ -54,8 +69,7 @@ def memory_per_rank(
     masters are float32 beside the weights; in float32 they are the weights themselves at stage 0 and, in DeepSpeed, a
     copy from stage 1 on. Gradients have the model's dtype. From stage 1 on they pass through a bucket of
     `bucket_elements`, whose memory is reserved whole, and committed as far as gradients fill it. Split weights stay
-    whole from the forward to the backward pass while they have at most 10⁹ elements (DeepSpeed's defaults). In the
-    update the gradients of a part are copied to float32 and Adam makes as much again.
+    whole from the forward to the backward pass while they have at most 10⁹ elements (DeepSpeed's defaults).
 
     commits_on_touch: as the cluster's.
     """
@@ -66,20 +80,37 @@ def memory_per_rank(
     part = model.dense_parameters / layout.num_ranks + sum(of_experts) / layout.edp_size
     optimizer_part = whole if stage == 0 else part
     is_own_master = layout.dtype == "float32" and stage == 0
-    split_elements = (model.dense_parameters if layout.num_ranks > 1 else 0) + (
-        sum(of_experts) if layout.edp_size > 1 else 0
-    )
+    gradients = width * (part if stage >= 2 else whole)
     filled = min(bucket_elements, whole) if commits_on_touch else bucket_elements
     return Memory(
         weights=width * (part if stage == 3 else whole),
-        gradients=width * (part if stage >= 2 else whole),
+        gradients=gradients,
         masters=0 if is_own_master else FLOAT32 * optimizer_part,
         moments=MOMENTS * FLOAT32 * optimizer_part,
-        gathered=width * min(split_elements, MAX_LIVE) if stage == 3 else 0,
+        gathered=width * min(whole, MAX_LIVE) if stage == 3 else 0,
         buffers=width * filled if stage >= 1 else 0,
         activations=activation_bytes(model, layout),
-        update=FLOAT32 * (part * 2 if stage >= 1 else whole),
+        gradients_before=gradients if model.accumulation_steps > 1 or stage == 3 else 0,
+        one_layer=model.tokens * max(_running_layer_bytes(model, layout)),
+        update=_update_bytes(model, layout),
     )
+
+
+def _update_bytes(model: ModelShape, layout: Layout) -> float:
+    """Gradients and what is beside the optimiser's state while it runs.
+
+    At stage 0 gradients are flattened for their all-reduce, experts and all else by themselves, and in bfloat16 copied
+    to float32. From stage 1 on a group of parameters after another, experts last, is flattened in float32, its own
+    gradients go, and Adam makes two tensors of its size; gradients of later groups are still there.
+    """
+    width = BYTES[layout.dtype]
+    dense, experts = model.dense_parameters, model.expert_parameters(layout.ep_size)
+    if layout.zero_stage == 0:
+        copies = width * max(dense, experts) if layout.dtype == "float32" else FLOAT32 * (dense + experts)
+        return width * (dense + experts) + copies
+    dense_part, experts_part = dense / layout.num_ranks, experts / layout.edp_size
+    later = width * (experts if layout.zero_stage == 1 else experts_part)
+    return max(3 * FLOAT32 * dense_part + later, 3 * FLOAT32 * experts_part)
 
 
 def activation_bytes(model: ModelShape, layout: Layout) -> float:
@@ -89,15 +120,27 @@ def activation_bytes(model: ModelShape, layout: Layout) -> float:
     logits are not there at the same time.
     """
     width, tokens = BYTES[layout.dtype], model.tokens
-    dense, moe = dense_layer_bytes(model, width), moe_layer_bytes(model, layout, width)
-    num_dense = model.num_layers - model.num_moe_layers
     # log-softmax, its gradient and that of the logits, in float32; the final norm.
     head = 3 * FLOAT32 * model.vocab_size + _norm_bytes(model, width)
-    if not layout.checkpointing:
-        return tokens * (num_dense * dense + model.num_moe_layers * moe + head)
-    inputs = model.num_layers * model.hidden_size * width
-    largest = max(dense if num_dense else 0.0, moe if model.num_moe_layers else 0.0)
-    return tokens * (inputs + max(largest, head))
+    if layout.checkpointing:
+        inputs = model.num_layers * model.hidden_size * width
+        return tokens * (inputs + max(head, *_running_layer_bytes(model, layout)))
+    num_dense = model.num_layers - model.num_moe_layers
+    layers = num_dense * dense_layer_bytes(model, width) + model.num_moe_layers * moe_layer_bytes(model, width)
+    return tokens * (layers + head)
+
+
+def _running_layer_bytes(model: ModelShape, layout: Layout) -> tuple[float, float]:
+    """Per token, of a layer with and one without experts, 0 for none, while its backward pass runs.
+
+    Beside what is saved: the gradients of gate, up and their product, 3 F, and of the rows.
+    """
+    width = BYTES[layout.dtype]
+    row = 3 * model.expert_ffn_hidden_size + model.hidden_size
+    moe = moe_layer_bytes(model, width) + model.mean_k * row * width
+    dense = dense_layer_bytes(model, width) + (3 * model.dense_ffn_hidden_size + model.hidden_size) * width
+    has_dense = model.num_layers > model.num_moe_layers
+    return moe if model.num_moe_layers else 0.0, dense if has_dense else 0.0
 
 
 def dense_layer_bytes(model: ModelShape, width: int) -> float:
@@ -105,7 +148,7 @@ def dense_layer_bytes(model: ModelShape, width: int) -> float:
     return _attention_bytes(model, width) + 4 * model.dense_ffn_hidden_size * width
 
 
-def moe_layer_bytes(model: ModelShape, layout: Layout, width: int) -> float:
+def moe_layer_bytes(model: ModelShape, width: int) -> float:
     """Per token, of a layer with experts: attention; the router's tensors; k rows, each with gate and up.
 
     A row keeps its input, D, and gate and up, 2 F (1 F without a gate), a weight and its gradient's place, and two
