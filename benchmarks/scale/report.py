@@ -106,6 +106,7 @@ def _template(found: Mapping[str, Any], processors: int) -> Cluster:
         slot_s=0.0,
         micro_step_s=0.0,
         tensor_s=0.0,
+        fetch_s=0.0,
         within_node=Link(bytes_per_s=None, latency_s=0.0),
         between_nodes=None,
         held_out=None,
@@ -187,6 +188,7 @@ def _coefficients(cluster: Cluster) -> dict[str, float | None]:
         "slot_s": cluster.slot_s,
         "micro_step_s": cluster.micro_step_s,
         "tensor_s": cluster.tensor_s,
+        "fetch_s": cluster.fetch_s,
         "within_node.bytes_per_s": cluster.within_node.bytes_per_s,
         "within_node.latency_s": cluster.within_node.latency_s,
     }

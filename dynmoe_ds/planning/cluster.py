@@ -56,8 +56,8 @@ class Cluster:
     float32, bfloat16: rates of matrix products; null where the type was not measured. memory_bytes_per_s: of reading
     and writing rows and activations. optimizer_bytes_per_s: of reading and writing optimiser state.
     router_entries_per_s: pairs of token and slot that a router scores and plans. layer_s, slot_s, micro_step_s,
-    tensor_s: fixed costs of a layer and of a slot per pass forwards or backwards, of a micro step, and of a parameter
-    tensor per optimiser step.
+    tensor_s, fetch_s: fixed costs of a layer and of a slot per pass forwards or backwards, of a micro step, of a
+    parameter tensor per optimiser step, and of one that ZeRO-3 hands to a layer and takes back, per micro step.
     within_node, between_nodes: links; null for nodes that have none between them.
     held_out: null where nothing was measured.
     """
@@ -78,6 +78,7 @@ class Cluster:
     slot_s: float
     micro_step_s: float
     tensor_s: float
+    fetch_s: float
     within_node: Link
     between_nodes: Link | None
     held_out: HeldOutError | None

@@ -68,7 +68,7 @@ def fit_cluster(steps: Sequence[MeasuredStep], template: Cluster) -> Cluster:
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0] = 1.0
     seconds = nonnegative_least_squares(matrix / scale, np.ones(len(steps))) / scale
-    dense, experts, memory, entries, layer, slot, micro, tensor, update, sent, collective = (float(s) for s in seconds)
+    dense, experts, memory, entries, layer, slot, micro, tensor, fetch, update, sent, collective = map(float, seconds)
     return replace(
         template,
         float32=FlopRates(dense=_rate(dense), experts=_rate(experts)),
@@ -78,6 +78,7 @@ def fit_cluster(steps: Sequence[MeasuredStep], template: Cluster) -> Cluster:
         slot_s=slot,
         micro_step_s=micro,
         tensor_s=tensor,
+        fetch_s=fetch,
         optimizer_bytes_per_s=_rate(update),
         within_node=Link(bytes_per_s=_rate(sent), latency_s=collective),
     )
@@ -89,7 +90,7 @@ def _features(work: Work) -> tuple[float, ...]:
     assert not sent.collectives_between, "a fit has links within a node only"
     return (
         work.dense_flops, work.expert_flops, work.memory_bytes, work.router_entries, work.layer_passes,
-        work.slot_passes, work.micro_steps, work.tensors, work.optimizer_bytes, sent.bytes_within,
+        work.slot_passes, work.micro_steps, work.tensors, work.fetches, work.optimizer_bytes, sent.bytes_within,
         sent.collectives_within,
     )  # fmt: skip
 

@@ -63,6 +63,7 @@ def step_time(work: Work, layout: Layout, cluster: Cluster) -> StepTime:
         + work.slot_passes * cluster.slot_s
         + work.micro_steps * cluster.micro_step_s
         + work.tensors * cluster.tensor_s
+        + work.fetches * cluster.fetch_s
     )
     return StepTime(
         dense=slowdown * over(work.dense_flops, rates.dense),

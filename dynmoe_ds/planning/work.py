@@ -10,6 +10,9 @@ from dynmoe_ds.planning.model_shape import ModelShape
 from dynmoe_ds.planning.rows import sent_per_token
 
 WEIGHT_BYTES = 4  # combine weights travel in float32
+FLOAT32 = 4
+ADAM_PASSES = 20
+CLIPPING_PASSES = 3
 BACKWARD = 2  # gradients of a product's two factors
 PERSISTED = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 MAX_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
@@ -38,8 +41,9 @@ class Work:
     """Per rank and optimiser step, under even loads.
 
     dense_flops, expert_flops: matrix products. router_entries: pairs of token and slot. memory_bytes: of rows and
-    activations read and written beside the products. layer_passes, slot_passes, micro_steps, tensors: what costs are
-    fixed per. optimizer_bytes: of gradients, masters, moments and weights read and written. dispatch: rows and what
+    activations read and written beside the products. layer_passes, slot_passes, micro_steps, tensors, fetches: what
+    costs are fixed per; fetches are the tensors that ZeRO-3 hands to layers and takes back, once per micro step.
+    optimizer_bytes: of gradients, masters, moments and weights read and written. dispatch: rows and what
     goes with them. synchronisation: gradients, and weights that ZeRO splits.
     """
 
@@ -51,6 +55,7 @@ class Work:
     slot_passes: float
     micro_steps: int
     tensors: int
+    fetches: int
     optimizer_bytes: float
     dispatch: Sent
     synchronisation: Sent
@@ -66,6 +71,7 @@ def work_per_rank(model: ModelShape, layout: Layout) -> Work:
     passes = 1 + BACKWARD + (1 if layout.checkpointing else 0)
     again = 1 if layout.checkpointing else 0
     steps, tokens = model.accumulation_steps, model.tokens
+    tensors = len(model.dense_tensors) + model.num_moe_layers * len(model.expert_tensors)
     head_flops = 2 * model.hidden_size * model.vocab_size
     dense = model.dense_flops * passes - head_flops * again
     entries = tokens * model.num_slots * model.num_moe_layers
@@ -77,7 +83,8 @@ def work_per_rank(model: ModelShape, layout: Layout) -> Work:
         layer_passes=steps * model.num_layers * (2 + again),
         slot_passes=steps * model.num_moe_layers * model.num_slots / layout.ep_size * (2 + again),
         micro_steps=steps,
-        tensors=len(model.dense_tensors) + model.num_moe_layers * len(model.expert_tensors),
+        tensors=tensors,
+        fetches=steps * tensors if layout.zero_stage == 3 else 0,
         optimizer_bytes=_optimizer_bytes(model, layout),
         dispatch=dispatch_per_rank(model, layout),
         synchronisation=synchronisation_per_rank(model, layout),
@@ -173,9 +180,17 @@ def synchronisation_per_rank(model: ModelShape, layout: Layout) -> Sent:
 
 
 def _optimizer_bytes(model: ModelShape, layout: Layout) -> float:
-    """Adam reads gradient, master and two moments and writes master and moments, float32, and the model's own copy."""
-    per_element = 7 * 4 + BYTES[layout.dtype]
+    """What the update of a rank's part reads and writes, and what brings gradients to it.
+
+    torch's Adam makes 20 passes over float32 vectors: decay 2, first moment 3, second 5, root, division and eps 6,
+    step 4. Clipping reads gradients for their norm, then scales them, 3 in float32. From stage 1 on gradients are
+    copied into a bucket, per micro step from stage 2 on, and from there to float32, and weights back from the masters.
+    """
+    width, stage = BYTES[layout.dtype], layout.zero_stage
     dense, experts = model.dense_parameters, model.expert_parameters(layout.ep_size)
-    if layout.zero_stage == 0:
-        return per_element * (dense + experts)
-    return per_element * (dense / layout.num_ranks + experts / layout.edp_size)
+    update = (ADAM_PASSES + CLIPPING_PASSES) * FLOAT32
+    if stage == 0:
+        return update * (dense + experts)
+    part = dense / layout.num_ranks + experts / layout.edp_size
+    bucketed = (dense + experts) * (model.accumulation_steps if stage >= 2 else 1)
+    return part * (update + 2 * (width + FLOAT32)) + bucketed * 2 * width
