@@ -34,7 +34,7 @@ def cluster(**values: Any) -> Cluster:
         source="made up", num_nodes=1, ranks_per_node=4, processors_per_node=4, memory_per_rank_gib=1.0,
         commits_on_touch=False, overlap=1.0, float32=FlopRates(dense=1e6, experts=2e6), bfloat16=None,
         memory_bytes_per_s=1e7, optimizer_bytes_per_s=1e6, router_entries_per_s=1e5, layer_s=0.01, slot_s=0.001,
-        micro_step_s=0.1, tensor_s=0.002, fetch_s=0.0005, within_node=Link(bytes_per_s=1e6, latency_s=0.003), between_nodes=None,
-        held_out=None,
+        micro_step_s=0.1, tensor_s=0.002, fetch_s=0.0005,
+        within_node=Link(bytes_per_s=1e6, latency_s=0.003), between_nodes=None, held_out=None,
     )  # fmt: skip
     return replace(base, **values)

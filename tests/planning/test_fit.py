@@ -41,8 +41,8 @@ def test_a_target_that_no_column_points_at_gives_zeros() -> None:
 
 TRUTH = cluster(
     ranks_per_node=1, processors_per_node=1, float32=FlopRates(dense=4e10, experts=3e10), memory_bytes_per_s=5e9,
-    optimizer_bytes_per_s=4e9, router_entries_per_s=2e7, layer_s=1e-4, slot_s=3e-5, micro_step_s=2e-3, tensor_s=5e-5, fetch_s=1e-4,
-    within_node=Link(bytes_per_s=8e8, latency_s=2e-4), overlap=0.0,
+    optimizer_bytes_per_s=4e9, router_entries_per_s=2e7, layer_s=1e-4, slot_s=3e-5, micro_step_s=2e-3, tensor_s=5e-5,
+    fetch_s=1e-4, within_node=Link(bytes_per_s=8e8, latency_s=2e-4), overlap=0.0,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ WORK = Work(
 
 
 def test_every_term() -> None:
-    """Rates: products 1e6 and 2e6, memory 1e7, update 1e6, entries 1e5, link 1e6 + 3 ms; fixed 10, 1, 100, 2 and 0.5 ms."""
+    """Products 1e6 and 2e6, memory 1e7, update 1e6, entries 1e5, link 1e6 + 3 ms; fixed 10, 1, 100, 2, 0.5 ms."""
     time = step_time(WORK, layout(), cluster())
     assert (time.dense, time.experts, time.elementwise, time.router) == (3.0, 2.0, 2.0, 0.5)
     assert time.fixed == pytest.approx(6 * 0.01 + 10 * 0.001 + 2 * 0.1 + 5 * 0.002 + 40 * 0.0005)
