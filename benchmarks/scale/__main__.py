@@ -69,13 +69,19 @@ def measure(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, object
                 continue
             chosen = [case for case in cases if case.num_ranks == num_ranks]
             start = time.monotonic()
-            results = measure_pass(chosen, num_ranks, args.rounds, memory=number == 0, timeout_s=max(left_s, 240.0))
+            try:
+                results = measure_pass(chosen, num_ranks, args.rounds, memory=number == 0, timeout_s=max(left_s, 240.0))
+            except RanksFailed as error:
+                if number == 0:
+                    raise
+                print(f"pass {number + 1} on {num_ranks} ranks is left out: {error}", file=sys.stderr, flush=True)
+                continue
             finished += 1
             for case, result in zip(chosen, results, strict=True):
                 whole = found[case]
                 whole.times += result.times
                 whole.peak_bytes = max(whole.peak_bytes, result.peak_bytes)
-                whole.sent_bytes = result.sent_bytes
+                whole.sent_bytes, whole.mean_k = result.sent_bytes, result.mean_k
             print(f"pass {number + 1}, {num_ranks} ranks: {time.monotonic() - start:.0f} s", flush=True)
     return {
         "machine": {
@@ -97,6 +103,7 @@ def measure(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, object
                 "all_s": [round(seconds, 5) for seconds in result.times],
                 "peak_bytes": result.peak_bytes,
                 "dispatch_bytes": result.sent_bytes,
+                "mean_k": round(result.mean_k, 3),
             }
             for case, result in found.items()
         ],

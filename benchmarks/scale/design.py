@@ -17,12 +17,16 @@ from dynmoe_ds.config.schema import (
 )
 from dynmoe_ds.dispatch import DispatchConfig
 from dynmoe_ds.planning import Layout
-from dynmoe_ds.routing import TopKConfig
+from dynmoe_ds.routing import TopAnyConfig, TopKConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A decoder, a micro step and a layout."""
+    """A decoder, a micro step and a layout.
+
+    router: `top_k`, whose k is the same for every token, or `top_any` with a budget of k, where tokens differ and the
+    mean that was measured is what the model is given.
+    """
 
     role: Literal["fit", "held out"]
     num_ranks: int = 1
@@ -33,6 +37,7 @@ class Case:
     ffn: int = 256
     experts: int = 8
     k: int = 2
+    router: Literal["top_k", "top_any"] = "top_k"
     length: int = 64
     batch: int = 4
     accumulation: int = 1
@@ -50,11 +55,12 @@ class Case:
         parts += [f"{self.accumulation} micro steps"] if self.accumulation > 1 else []
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
         parts += ["recomputed"] if self.checkpointing else []
+        parts += ["top-any"] if self.router == "top_any" else []
         parts += [f"V {self.vocab}"] if self.vocab != 1024 else []
         return ", ".join(parts)
 
     def config(self) -> RunConfig:
-        """The run of which one step is measured: top-k, so that k is the same for every token and on every machine."""
+        """The run of which one step is measured."""
         return RunConfig(
             seed=0,
             run_dir="unused",
@@ -64,7 +70,7 @@ class Case:
                 num_experts=self.experts, num_slots=self.experts,
             ),
             expert=ExpertConfig(kind="swiglu"),
-            router=TopKConfig(k=self.k),
+            router=TopKConfig(k=self.k) if self.router == "top_k" else TopAnyConfig.budgeted(float(self.k)),
             adaptation=None,
             data=TextDataConfig(
                 name="pydoc_topics", vocab_size=self.vocab, sequence_length=self.length, held_out_every=10
@@ -93,7 +99,7 @@ class Case:
 
 
 def design() -> list[Case]:
-    """Fitted on one and two ranks; held out are all of four ranks, and other k, E, D and T on one and two."""
+    """Fitted on one and two ranks; held out are all of four ranks, others on one and two, and top-any."""
     one, two = Case(role="fit"), Case(role="fit", num_ranks=2, ep_size=2)
     four = Case(role="held out", num_ranks=4, ep_size=4)
     odd = {"hidden_size": 192, "ffn": 320, "experts": 12, "k": 3, "length": 128}
@@ -135,11 +141,13 @@ def design() -> list[Case]:
         replace(two, role="held out", length=512),
         replace(two, role="held out", **odd, zero_stage=2, accumulation=2),
         replace(two, role="held out", **odd, ep_size=1, zero_stage=3),
+        replace(two, role="held out", length=256, router="top_any"),
         *[replace(four, zero_stage=stage) for stage in range(4)],
         *[replace(four, ep_size=2, zero_stage=stage) for stage in (0, 1, 3)],
         *[replace(four, ep_size=1, zero_stage=stage) for stage in (0, 2)],
         replace(four, length=256),
         replace(four, length=256, k=4),
+        replace(four, length=256, router="top_any"),
         replace(four, length=256, experts=32),
         replace(four, **odd),
         replace(four, **odd, ep_size=2, zero_stage=2, accumulation=2),
@@ -156,7 +164,7 @@ def quick_design() -> list[Case]:
         replace(one, length=32),
         two,
         replace(two, zero_stage=1, k=1),
-        replace(one, role="held out", k=1),
+        replace(one, role="held out", router="top_any"),
         replace(two, role="held out", zero_stage=2, length=32),
     ]
 

@@ -40,12 +40,17 @@ class RanksFailed(RuntimeError):
 
 @dataclass(kw_only=True, slots=True)
 class Measured:
-    """Of one case. times: seconds of every step, of the slowest rank. peak_bytes: live tensor bytes of the fullest rank
-    at the fullest moment of a step. sent_bytes: by dispatch per optimiser step, mean over ranks, rows and all."""
+    """Of one case.
+
+    times: seconds of every step, of the slowest rank. peak_bytes: live tensor bytes of the fullest rank at the fullest
+    moment of a step. sent_bytes: by dispatch per optimiser step, mean over ranks, rows and all. mean_k: experts per
+    token, mean over layers and steps.
+    """
 
     times: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     sent_bytes: float = 0.0
+    mean_k: float = 0.0
 
 
 def measure_pass(
@@ -80,6 +85,7 @@ def measure_pass(
             times=[max(times) for times in zip(*(found.times for found in ranks), strict=True)],
             peak_bytes=max(found.peak_bytes for found in ranks),
             sent_bytes=sum(found.sent_bytes for found in ranks) / num_ranks,
+            mean_k=ranks[0].mean_k,
         )
         for ranks in zip(*by_rank, strict=True)
     ]
@@ -132,6 +138,7 @@ def _all_cases(cases: list[Case], rounds: int, memory: bool) -> list[Measured]:
         step.engine.take_traffic()
         step()
         result.sent_bytes = step.sent_bytes()
+        step.engine.take_records()
         steps.append(step)
     gc.collect()
     gc.freeze()
@@ -141,6 +148,9 @@ def _all_cases(cases: list[Case], rounds: int, memory: bool) -> list[Measured]:
             start = time.perf_counter()
             step()
             result.times.append(time.perf_counter() - start)
+    for step, result in zip(steps, results, strict=True):
+        by_layer = [record.mean_k for record in step.engine.take_records().values()]
+        result.mean_k = sum(by_layer) / len(by_layer)
     return results
 
 

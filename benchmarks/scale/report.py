@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,9 @@ def predict(found: Mapping[str, Any], cases: Sequence[Case]) -> tuple[Cluster, l
     """The cluster fitted on the cases for that, with its errors on the others, and the predictions of all."""
     by_name = {line["name"]: line for line in found["cases"]}
     processors = int(found["machine"]["processors"])
-    shapes: dict[Case, ModelShape] = {case: shape_of(case.config(), None) for case in cases}
+    shapes: dict[Case, ModelShape] = {
+        case: replace(shape_of(case.config(), None), mean_k=by_name[case.name]["mean_k"]) for case in cases
+    }
     works: dict[Case, Work] = {case: work_per_rank(shapes[case], case.layout()) for case in cases}
     steps = {
         case: MeasuredStep(
@@ -81,8 +83,7 @@ def predict(found: Mapping[str, Any], cases: Sequence[Case]) -> tuple[Cluster, l
     ]
     held_out = [prediction for prediction in predictions if prediction.case.role == "held out"]
     error = held_out_error([p.time_ratio for p in held_out], [p.memory_ratio for p in held_out])
-    fields = {name: getattr(fitted, name) for name in fitted.__dataclass_fields__} | {"held_out": error}
-    return Cluster(**fields), predictions
+    return replace(fitted, held_out=error), predictions
 
 
 def _template(found: Mapping[str, Any], processors: int) -> Cluster:
@@ -197,17 +198,19 @@ def _coefficients(cluster: Cluster) -> dict[str, float | None]:
 def _plot(predictions: Sequence[Predicted], path: Path) -> Path:
     """Step time as tokens, experts, k and ranks grow, and all predictions beside what was measured."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     by_case = {prediction.case: prediction for prediction in predictions}
     curves = {name: points for name, points in sweeps(list(by_case)).items() if len(points) > 1}
-    figure = Figure(figsize=(4 * (len(curves) + 2), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(curves) + 2)
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     for axis, (name, points) in zip(axes, curves.items(), strict=False):
         for label, style in (("step_s", "o"), ("predicted_s", "-")):
             values = [getattr(by_case[case], label) * 1e3 for _, case in points]
             axis.plot([x for x, _ in points], values, style, label="measured" if style == "o" else "predicted")
-        axis.set(xlabel=name, ylabel="step, ms", ylim=(0, None))
+        top = max(max(by_case[case].step_s, by_case[case].predicted_s) for _, case in points) * 1e3
         axis.set_xscale("log", base=2)
+        axis.set(xlabel=name, ylabel="step, ms", ylim=(0, 1.1 * top))
         axis.legend()
     for axis, measured, predicted, factor, label in (
         (axes[-2], "step_s", "predicted_s", 1e3, "step, ms"),
@@ -220,6 +223,8 @@ def _plot(predictions: Sequence[Predicted], path: Path) -> Path:
         ends = [getattr(p, measured) * factor for p in predictions]
         axis.loglog([min(ends), max(ends)], [min(ends), max(ends)], "k:", linewidth=1)
         axis.set(xlabel=f"measured {label}", ylabel="predicted")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend()
     figure.savefig(path, dpi=110)
     return path

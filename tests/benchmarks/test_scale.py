@@ -31,6 +31,8 @@ def test_the_quick_form_measures_fits_and_writes(tmp_path: Path) -> None:
     for line in found["cases"]:
         assert line["step_s"] == pytest.approx(min(line["all_s"]), abs=1e-5) and len(line["all_s"]) == 2
         assert line["peak_bytes"] > 100_000
+        assert line["mean_k"] == int(line["name"].split("k ")[-1][0]) or "top-any" in line["name"]
+        assert 0 < line["mean_k"] <= 4
         assert (line["dispatch_bytes"] > 0) == line["name"].startswith("2 ranks, EP 2")
     cluster = build_section(Cluster, yaml.safe_load((tmp_path / "here.yaml").read_text()), "cluster")
     assert cluster.held_out is not None and cluster.held_out.num_layouts == 2
@@ -56,6 +58,7 @@ def _made_up(cases: list[Case], seconds_per_gflop: float, memory_factor: float) 
                 "all_s": [],
                 "peak_bytes": memory.total / memory_factor,
                 "dispatch_bytes": 0.0,
+                "mean_k": float(case.k),
             }
         )
     machine = {"processors": 2, "memory_gib": 9, "torch": "2", "deepspeed": "0"}
