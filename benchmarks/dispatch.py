@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import dynmoe_ds as dm
 from benchmarks import side_by_side
 from benchmarks.layer.loads import wanted_shares
-from dynmoe_ds.distributed.all_to_all import exchange, exchange_counts
+from dynmoe_ds.distributed import Flight, Parcel, Splits, exchange_counts
 from dynmoe_ds.experts import Experts
 
 PADDED, PER_EXPERT, OURS = "padded", "per expert", "MoELayer"
@@ -130,6 +130,14 @@ def least_rows(mask: Tensor, num_ranks: int, rank: int) -> int:
     return int(has_expert.sum() - has_expert[:, rank].sum())
 
 
+def _exchange(
+    tensors: tuple[Tensor, ...], sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Send `sent[p]` rows of each tensor to rank p, and wait for what the others send."""
+    splits = Splits(sent=sent, received=received)
+    return Flight([Parcel(tensor=tensor, splits=splits) for tensor in tensors], group).wait()
+
+
 def run_padded(hidden: Tensor, mask: Tensor, weights: Tensor, experts: Experts, group: dist.ProcessGroup) -> Tensor:
     """Outputs [T, D] by equal splits: C places for every expert on every rank, C the greatest count of all ranks."""
     num_tokens, num_experts = mask.shape
@@ -142,12 +150,12 @@ def run_padded(hidden: Tensor, mask: Tensor, weights: Tensor, experts: Experts, 
     places = hidden.new_zeros(num_experts * capacity, hidden.shape[1]).index_copy(0, place, hidden[token])
     size = group.size()
     splits = [len(places) // size] * size
-    (rows,) = exchange((places,), splits, splits, group)  # [source rank, local expert, place]
+    (rows,) = _exchange((places,), splits, splits, group)  # [source rank, local expert, place]
     local = num_experts // size
     by_expert = rows.view(size, local, capacity, -1).transpose(0, 1).reshape(len(rows), -1)
     outputs = experts(by_expert, weights.new_ones(len(rows)), torch.full((local,), size * capacity))
     outputs = outputs.view(local, size, capacity, -1).transpose(0, 1).reshape(len(rows), -1)
-    (outputs,) = exchange((outputs,), splits, splits, group)
+    (outputs,) = _exchange((outputs,), splits, splits, group)
     weighted = outputs[place] * weights.T[mask.T][:, None]
     return hidden.new_zeros(num_tokens, hidden.shape[1]).index_add(0, token, weighted)
 
@@ -159,12 +167,12 @@ def run_per_expert(hidden: Tensor, mask: Tensor, weights: Tensor, experts: Exper
     sent = torch.bincount(expert, minlength=mask.shape[1]).view(size, -1)
     received = exchange_counts(sent, group)
     splits, received_splits = sent.sum(1).tolist(), received.sum(1).tolist()
-    rows, row_weights = exchange((hidden[token], weights.T[mask.T]), splits, received_splits, group)
+    rows, row_weights = _exchange((hidden[token], weights.T[mask.T]), splits, received_splits, group)
     local = torch.arange(received.shape[1]).repeat(size).repeat_interleave(received.flatten())
     order = local.argsort(stable=True)
     outputs = experts(rows[order], row_weights[order], received.sum(0))
     outputs = torch.empty_like(outputs).index_copy(0, order, outputs)
-    (outputs,) = exchange((outputs,), received_splits, splits, group)
+    (outputs,) = _exchange((outputs,), received_splits, splits, group)
     return torch.zeros_like(hidden).index_add(0, token, outputs)
 
 

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dynmoe_ds.config.groups import did_you_mean
 from dynmoe_ds.config.schema import RunConfig
@@ -65,6 +65,22 @@ def build_router_config(plain: Mapping[str, Any]) -> RouterConfig:
         raise ConfigError(faults)
     assert isinstance(router, RouterConfig), router
     return router
+
+
+S = TypeVar("S")
+
+
+def build_section(cls: type[S], plain: Mapping[str, Any], path: str) -> S:
+    """The dataclass `cls` that a plain dictionary describes, as strictly as `build`; faults begin with `path`.
+
+    Raises: ConfigError with every fault.
+    """
+    faults: list[str] = []
+    section = _section(plain, cls, path, faults)
+    if faults:
+        raise ConfigError(faults)
+    assert isinstance(section, cls), section
+    return section
 
 
 def build_sections(plain: Mapping[str, Any]) -> BuiltSections:

@@ -7,10 +7,21 @@ from difflib import get_close_matches
 from importlib.resources import files
 
 CONFIG_MODULE = "dynmoe_configs"
+# No part of a run: `dynmoe plan` alone reads it.
+CLUSTER_GROUP = "cluster"
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
-    """The options of every group, `{"router": ("top_any", ...), ...}`, both in alphabetical order."""
+    """The options of every group of a run, `{"router": ("top_any", ...), ...}`, both in alphabetical order."""
+    return {group: options for group, options in _folders().items() if group != CLUSTER_GROUP}
+
+
+def cluster_names() -> tuple[str, ...]:
+    """The clusters that `dynmoe plan` knows, in alphabetical order."""
+    return _folders()[CLUSTER_GROUP]
+
+
+def _folders() -> dict[str, tuple[str, ...]]:
     groups: dict[str, tuple[str, ...]] = {}
     for folder in sorted(files(CONFIG_MODULE).iterdir(), key=lambda entry: entry.name):
         if not folder.is_dir():
