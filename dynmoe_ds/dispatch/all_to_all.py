@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dynmoe_ds.dispatch.local import run_slots
-from dynmoe_ds.dispatch.plan import chosen, gather_rows, plan_dispatch, sum_rows
+from dynmoe_ds.dispatch.plan import RowMoves, chosen, plan_dispatch
 from dynmoe_ds.dispatch.slot_bits import pack_bits, unpack_bits
 from dynmoe_ds.distributed import Flight, Parcel, Splits, Traffic, exchange_counts
 from dynmoe_ds.experts import Experts
@@ -80,9 +80,10 @@ def _travel(
     by_rank = mask.view(num_tokens, num_ranks, mask.shape[1] // num_ranks)
     plan = plan_dispatch(by_rank.any(2), sum(leg.rows.sent))
     slots = by_rank[plan.token_index, _rank_of_rows(plan.rows_per_slot, plan.token_index)]
+    moves = RowMoves(plan)
     flight = Flight(
         [
-            Parcel(tensor=gather_rows(hidden, plan), splits=leg.rows),
+            Parcel(tensor=moves.gather(hidden), splits=leg.rows),
             Parcel(tensor=pack_bits(slots), splits=leg.rows, freight="metadata"),
             Parcel(
                 tensor=weights.index_select(0, _entries_by_rank(by_rank, len(weights))),
@@ -99,7 +100,7 @@ def _travel(
     flight = Flight([Parcel(tensor=sums, splits=leg.rows.reversed())], leg.group, traffic)
     yield
     (sums,) = flight.wait()
-    return sum_rows(sums, plan)
+    return moves.sum(sums)
 
 
 def _entries(weights: Tensor, mask: Tensor, num_entries: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynmoe_ds.dispatch.plan import DispatchPlan, gather_rows, plan_dispatch, sum_rows
+from dynmoe_ds.dispatch.plan import DispatchPlan, RowMoves, plan_dispatch
 from dynmoe_ds.experts import Experts
 from dynmoe_ds.routing import Routing
 
@@ -27,4 +27,5 @@ def run_local(hidden: Tensor, routing: Routing, experts: Experts, most_rows: int
 
 def run_slots(hidden: Tensor, plan: DispatchPlan, weights: Tensor, experts: Experts) -> Tensor:
     """As `run_local`, for a plan and the weights [N] of its rows."""
-    return sum_rows(experts(gather_rows(hidden, plan), weights, plan.rows_per_slot), plan)
+    moves = RowMoves(plan)
+    return moves.sum(experts(moves.gather(hidden), weights, plan.rows_per_slot))

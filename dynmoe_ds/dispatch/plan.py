@@ -1,4 +1,4 @@
-"""The dispatch plan: from a mask to the indices that move rows, and the moves, which gradients follow back."""
+"""The dispatch plan: from a mask to the indices that move rows; and the moves, which gradients follow back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import dynmoe_kernels
 from dynmoe_kernels import PlanIndices as DispatchPlan
-from dynmoe_kernels import gather_rows as gather_rows_of
 from dynmoe_kernels import plan as plan_dispatch
-from dynmoe_kernels import sum_rows as sum_rows_of
 
-__all__ = ["DispatchPlan", "chosen", "gather_rows", "plan_dispatch", "sum_rows"]
+__all__ = ["DispatchPlan", "RowMoves", "chosen", "plan_dispatch"]
 
 
 def chosen(mask: Tensor, num_rows: int) -> Tensor:
@@ -21,38 +20,69 @@ def chosen(mask: Tensor, num_rows: int) -> Tensor:
     return torch.nonzero_static(mask, size=num_rows).squeeze(1)
 
 
-def gather_rows(hidden: Tensor, plan: DispatchPlan) -> Tensor:
-    """Rows [N, D] of hidden [T, D], one per chosen (token, slot). Gradients are summed per token in a fixed order."""
-    return _GatherRows.apply(hidden, plan.token_index, plan.row_index, plan.first_row)
+class RowMoves:
+    """The two moves of one plan: `gather` first, then `sum` of what became of the rows.
+
+    The indices are saved as tensors of the first move's node alone, from where the backward pass of the second takes
+    them. So activation checkpointing can drop them, and has three more things right: it computes the layer again before
+    the backward pass comes to the experts, whose weights DeepSpeed's form at ZeRO-3 would else release right after they
+    were gathered; torch's form stops right after the experts, and sends no rows back once more.
+    """
+
+    def __init__(self, plan: DispatchPlan) -> None:
+        self._indices = (plan.token_index, plan.row_index, plan.first_row)
+        self._kept = _Kept()
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """Rows [N, D] of hidden [T, D], one per chosen (token, slot). Gradients are summed in a fixed order."""
+        return _Gather.apply(hidden, self._kept, *self._indices)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Sum [T, D] of every token's rows [N, D], 0 for a token without rows, accumulated in float32 or wider."""
+        return _Sum.apply(rows, self._kept, *self._indices)
 
 
-def sum_rows(rows: Tensor, plan: DispatchPlan) -> Tensor:
-    """Sum [T, D] of every token's rows [N, D], zero for a token without rows, accumulated in float32 or wider."""
-    return _SumRows.apply(rows, plan.token_index, plan.row_index, plan.first_row)
+class _Kept:
+    """What the two moves know of each other.
+
+    node: that of the first, while the forward pass runs; None if the tokens need no gradient. indices: what the second
+    has taken from it in the backward pass, since a checkpoint gives a tensor once.
+    """
+
+    def __init__(self) -> None:
+        self.node: Any = None
+        self.indices: tuple[Tensor, ...] | None = None
 
 
-# The indices are saved as tensors, so that activation checkpointing drops them, too. It computes the layer again when
-# the backward pass asks for the first of them, before that of the experts: at ZeRO-3, DeepSpeed's checkpointing would
-# else release the weights that the experts' backward pass has just gathered (tests/engine/test_schedule.py).
-class _GatherRows(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, token_index: Tensor, row_index: Tensor, first_row: Tensor) -> Tensor:
-        ctx.save_for_backward(row_index, first_row)
-        return gather_rows_of(hidden.contiguous(), token_index, row_index, first_row)
+    def forward(ctx: Any, hidden: Tensor, kept: _Kept, *indices: Tensor) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*indices)
+            ctx.kept, kept.node = kept, ctx
+        return dynmoe_kernels.gather_rows(hidden.contiguous(), *indices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_rows_of(grad.contiguous(), *ctx.saved_tensors), None, None, None
+        indices, ctx.kept.indices = ctx.kept.indices or ctx.saved_tensors, None
+        return dynmoe_kernels.sum_rows(grad.contiguous(), *indices[1:]), None, None, None, None
 
 
-class _SumRows(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, token_index: Tensor, row_index: Tensor, first_row: Tensor) -> Tensor:
-        ctx.save_for_backward(token_index, row_index, first_row)
-        return sum_rows_of(rows.contiguous(), row_index, first_row)
+    def forward(ctx: Any, rows: Tensor, kept: _Kept, *indices: Tensor) -> Tensor:
+        # Taken out of `kept`, which that node knows: a cycle would keep the graph alive that no backward pass frees.
+        ctx.kept, ctx.node, kept.node = kept, kept.node, None
+        if ctx.node is None:
+            ctx.save_for_backward(*indices)
+        return dynmoe_kernels.sum_rows(rows.contiguous(), *indices[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return gather_rows_of(grad.contiguous(), *ctx.saved_tensors), None, None, None
+        if ctx.node is None:
+            indices = ctx.saved_tensors
+        else:
+            indices = ctx.kept.indices = ctx.node.saved_tensors
+        return dynmoe_kernels.gather_rows(grad.contiguous(), *indices), None, None, None, None

@@ -151,12 +151,12 @@ def dense_layer_bytes(model: ModelShape, width: int) -> float:
 def moe_layer_bytes(model: ModelShape, width: int) -> float:
     """Per token, of a layer with experts: attention; the router's tensors; k rows, each with gate and up.
 
-    With a gate a row keeps its input, D, and gate and up, 2 F; without one (gelu) input and output bias, 2 D, and the
-    inner vector before and after the activation and weighted, 3 F. Beside them a weight and its gradient's place and
+    With a gate a row keeps its input, D, and gate and up, 2 F; without one (gelu) its input and the inner vector before
+    the activation, F. Beside them a weight and its gradient's place and
     three positions of the plan. What was sent and rows that came back are not kept, since sums need only positions.
     """
     width_of_row, inner = model.hidden_size, model.expert_ffn_hidden_size
-    kept = width_of_row + 2 * inner if model.is_gated else 2 * width_of_row + 3 * inner
+    kept = width_of_row + (2 if model.is_gated else 1) * inner
     row = kept * width + 2 * FLOAT32 + 3 * INDEX_BYTES
     return _attention_bytes(model, width) + ROUTER_TENSORS * FLOAT32 * model.num_slots + model.mean_k * row
 

@@ -1,9 +1,15 @@
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from dynmoe_ds.dispatch import plan_dispatch
-from dynmoe_ds.dispatch.plan import gather_rows, sum_rows
+from dynmoe_ds.dispatch.plan import RowMoves
+from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
 from tests.helpers.reference import assert_near
 
 
@@ -51,38 +57,89 @@ def test_rows_and_sums(mask, dtype):
     plan, rows = plan_dispatch(mask, None), pairs(mask)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(mask), 4, generator=generator).to(dtype).requires_grad_()
-    gathered = gather_rows(hidden, plan)
+    gathered = RowMoves(plan).gather(hidden)
     assert gathered.dtype == dtype and gathered.shape == (len(rows), 4)
     assert all(torch.equal(gathered[i], hidden[t]) for i, (_, t) in enumerate(rows))
 
     values = torch.randn(len(rows), 4, generator=generator).to(dtype).requires_grad_()
-    sums = torch.zeros(len(mask), 4, dtype=torch.float64)
+    expected = torch.zeros(len(mask), 4, dtype=torch.float64)
     for i, (_, t) in enumerate(rows):
-        sums[t] += values[i].detach().double()
-    assert_near(sum_rows(values, plan), sums)
+        expected[t] += values[i].detach().double()
+    sums = RowMoves(plan).sum(values)
+    assert_near(sums, expected)
 
     # The two are each other's transpose: <gather(h), v> = <h, sum(v)>.
-    assert_near(torch.autograd.grad((gathered * values).sum(), hidden)[0], sums)
-    (grad,) = torch.autograd.grad((sum_rows(values, plan) * hidden).sum(), values)
+    assert_near(torch.autograd.grad((gathered * values).sum(), hidden)[0], expected)
+    (grad,) = torch.autograd.grad((sums * hidden).sum(), values)
     assert torch.equal(grad, gathered.detach())
 
 
 def test_sums_of_16_bit_rows_are_accumulated_in_float32():
-    plan = plan_dispatch(torch.ones(1, 300, dtype=torch.bool), None)
-    assert sum_rows(torch.ones(300, 1, dtype=torch.bfloat16), plan).item() == 300  # 256 + 1 is 256 in bfloat16
+    moves = RowMoves(plan_dispatch(torch.ones(1, 300, dtype=torch.bool), None))
+    assert moves.sum(torch.ones(300, 1, dtype=torch.bfloat16)).item() == 300  # 256 + 1 is 256 in bfloat16
 
 
 def test_gradients_of_any_layout():
     plan = plan_dispatch(MASKS["uneven"], None)
     hidden = torch.randn(13, 4, requires_grad=True)
-    gather_rows(hidden, plan).sum().backward()  # an expanded gradient
+    RowMoves(plan).gather(hidden).sum().backward()  # an expanded gradient
     assert torch.equal(hidden.grad[:, 0], MASKS["uneven"].sum(1).float())
     rows = torch.randn(len(plan.token_index), 4, requires_grad=True)
-    sum_rows(rows, plan).sum().backward()
+    RowMoves(plan).sum(rows).sum().backward()
     assert torch.equal(rows.grad, torch.ones_like(rows))
 
 
+def there_and_back(hidden: torch.Tensor) -> torch.Tensor:
+    moves = RowMoves(plan_dispatch(MASKS["uneven"], None))
+    return moves.sum(moves.gather(hidden).square())
+
+
 def test_gradients_by_finite_differences():
-    plan = plan_dispatch(MASKS["uneven"], None)
-    hidden = torch.randn(13, 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda h: sum_rows(gather_rows(h, plan).square(), plan), hidden)
+    assert gradcheck(there_and_back, torch.randn(13, 2, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "twice", "torch", "deepspeed"])
+def test_gradients_under_checkpoints_and_twice(kind):
+    hidden = torch.randn(13, 2, requires_grad=True)
+    want = 2 * hidden.detach() * MASKS["uneven"].sum(1, keepdim=True)
+    if kind in ("plain", "twice"):
+        sums = there_and_back(hidden)
+    else:
+        sums = {"torch": partial(checkpoint, use_reentrant=False), "deepspeed": non_reentrant_checkpoint}[kind](
+            there_and_back, hidden
+        )
+    for _ in range(2 if kind == "twice" else 1):
+        hidden.grad = None
+        sums.sum().backward(retain_graph=kind == "twice")
+        assert torch.allclose(hidden.grad, want)
+
+
+class Upstream(torch.autograd.Function):
+    """The identity, whose node keeps what it is given."""
+
+    @staticmethod
+    def forward(ctx, hidden, token):
+        ctx.token = token
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_a_graph_without_a_backward_pass_is_freed_at_once():
+    class Token:
+        pass
+
+    token = Token()
+    alive = weakref.ref(token)
+    gc.collect()
+    gc.disable()
+    try:
+        sums = there_and_back(Upstream.apply(torch.randn(13, 2, requires_grad=True), token))
+        del token
+        assert alive() is not None
+        del sums
+        assert alive() is None
+    finally:
+        gc.enable()
