@@ -10,12 +10,14 @@ class DispatchConfig:
     """What a layer with `ep_size` above 1 does besides sending each token once to every rank that it needs.
 
     chunks: parts that a rank's tokens are split into, so that rows of one travel while experts compute another's.
-    Results are equal to rounding; more than one pays where the links are slow and the parts still fill the device.
+    Results are equal to rounding; more than one pays where the links are slow and the parts still fill the device. With
+    ep_size 1 nothing travels, and it changes nothing.
     ranks_per_node: ranks that share a fast link. Where an expert-parallel group spans several such nodes, a token goes
     once to each node that it needs, and from there to the node's ranks. None: all links are alike.
     static_shapes: only with ep_size 1: room for the most rows that the router can choose, T times `most_experts` of its
-    configuration, so that all shapes are those of the last call, the host never waits for the device, and a CUDA graph
-    can hold the layer. It costs memory, and a GPU no products, for rows that are not there.
+    configuration, so that all shapes are those of the last call. Where `grouped_mm` does the products (16-bit or
+    float32 numbers, sizes of whole 16 bytes), the layer itself then never waits for the device, as a CUDA graph wants.
+    It costs memory, and a GPU no products, for rows that are not there.
     """
 
     chunks: int = 1

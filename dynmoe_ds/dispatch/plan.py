@@ -26,7 +26,7 @@ class RowMoves:
     The indices are saved as tensors of the first move's node alone, from where the backward pass of the second takes
     them. So activation checkpointing can drop them, and has three more things right: it computes the layer again before
     the backward pass comes to the experts, whose weights DeepSpeed's form at ZeRO-3 would else release right after they
-    were gathered; torch's form stops right after the experts, and sends no rows back once more.
+    were gathered; torch's form stops right after the last chunk's experts, whose rows it does not send back once more.
     """
 
     def __init__(self, plan: DispatchPlan) -> None:

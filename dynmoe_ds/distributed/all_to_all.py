@@ -55,8 +55,9 @@ class Flight:
         (received,) = flight.wait()
 
     The backward pass mirrors this, since autograd runs nodes in the reverse of the order in which they were made. All
-    tensors share one node, so that the backward collectives run in one order on all ranks, also where a gradient is
-    missing or there are zero rows. Integer tensors travel forwards only.
+    tensors share one node, so that the backward collectives run in one order on all ranks, also where the gradient of
+    one is missing or there are zero rows. Where no tensor of a rank needs a gradient, as with a frozen router over
+    frozen embeddings, that must be so on all ranks. Integer tensors travel forwards only.
 
     Collective: every rank of `group` makes it and waits for it, with the same tensors but for their rows.
     """
@@ -76,7 +77,7 @@ class Flight:
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors [R, ...] received, in the order of the parcels, each sorted by source rank. Call it once."""
         floats, integers = iter(_Wait.apply(self, *self._tickets)), iter(self._received_integers)
-        self._tickets = self._received_floats = ()
+        self._tickets, self._received_floats, self._received_integers = (), (), []
         return tuple(next(floats if is_float else integers) for is_float in self._is_float)
 
     def _send_floats(self, tensors: Sequence[Tensor]) -> None:
@@ -134,4 +135,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.flight._send_gradients(grads)
+        sent = ctx.flight._send_gradients(grads)
+        if torch.is_anomaly_enabled():
+            ctx.flight._land()  # it reads what a node gives, which nobody else may do before `_Start` has waited
+        return None, *sent

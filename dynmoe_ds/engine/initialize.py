@@ -70,13 +70,11 @@ def initialize(
             *_dispatch_faults(dispatch, layers),
         ]:
             error = ConfigError(faults)
-        elif dispatch is not None:
-            for layer in layers.values():
-                layer.dispatch = dispatch
     except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
     raise_together(error)
     fingerprint = _fingerprint(settings, model, layers, adaptation, token_kinds)
+    fingerprint["dispatch"] = None if dispatch is None else asdict(dispatch)
     fingerprint["on_non_finite"] = on_non_finite
     assert_same_on_all_ranks("the configuration of the run", fingerprint)
 
@@ -88,6 +86,7 @@ def initialize(
     _prefer_torch_adam(settings)
     for name, layer in layers.items():
         layer.name = name
+        layer.dispatch = dispatch or layer.dispatch
     _share_seeds(layers)
     construction = Construction(model, layers, settings, groups, optimizer, lr_scheduler)
     padding = _watch_padding(model, layers)

@@ -34,7 +34,10 @@ def multiply_pairs(left: Tensor, right: Tensor, slot_ends: Tensor) -> Tensor:
     """
     if _fits_grouped_mm(left, left.shape[1], right.shape[1]):
         return F.grouped_mm(left.T, right, offs=slot_ends)
-    return torch.stack([left[first:end].T @ right[first:end] for first, end in _ranges(slot_ends)])
+    out = left.new_empty(len(slot_ends), left.shape[1], right.shape[1])
+    for product, (first, end) in zip(out.unbind(0), _ranges(slot_ends), strict=True):
+        torch.mm(left[first:end].T, right[first:end], out=product)  # not `@`, which autocast would change
+    return out
 
 
 def _fits_grouped_mm(like: Tensor, *sizes: int) -> bool:

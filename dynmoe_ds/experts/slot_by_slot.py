@@ -36,22 +36,30 @@ class SlotBySlot(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_weights, gate, up, w1, w3, w2 = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_rows, grad_weights, grad1, grad3, grad2 = (torch.empty_like(t) for t in (rows, row_weights, w1, w3, w2))
+        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(row_weights)
+        wants = ctx.needs_input_grad[3:]
+        grad1, grad3, grad2 = (
+            torch.empty_like(t) if want else None for t, want in zip((w1, w3, w2), wants, strict=True)
+        )
         buffers = _for_one_slot(3, rows, ctx.rows_per_slot, gate.shape[1])
         wide = _for_one_part(5, row_weights, ctx.rows_per_slot, gate.shape[1])
         for e, mine in enumerate(_rows_of_slots(ctx.rows_per_slot)):
             if mine.start == mine.stop:
                 for weight_grad in (grad1, grad3, grad2):
-                    weight_grad[e].zero_()
+                    if weight_grad is not None:
+                        weight_grad[e].zero_()
                 continue
             x, w, a, b, g, gw, gx = (t[mine] for t in (rows, row_weights, gate, up, grad, grad_weights, grad_rows))
             inner, ga, gb = (buffer[: len(x)] for buffer in buffers)
             torch.mm(g, w2[e], out=gb)
             for part in _parts(gb, ga, gw, inner, a, b, w):
                 _weighted_swiglu_backward(wide, *part)
-            torch.mm(_transposed(g), inner, out=grad2[e])
-            torch.mm(ga.T, x, out=grad1[e])
-            torch.mm(gb.T, x, out=grad3[e])
+            if grad2 is not None:
+                torch.mm(_transposed(g), inner, out=grad2[e])
+            if grad1 is not None:
+                torch.mm(ga.T, x, out=grad1[e])
+            if grad3 is not None:
+                torch.mm(gb.T, x, out=grad3[e])
             torch.mm(ga, w1[e], out=gx).addmm_(gb, w3[e])
         return grad_rows, grad_weights, None, grad1, grad3, grad2
 

@@ -134,8 +134,8 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """y [..., D] for x [..., D]. token_mask [...] bool: True is a real token; padding gives zeros, counts nowhere.
 
-        A token that chooses no expert gives zeros in training, unless the router has a fallback. Under autocast the
-        router works in float32 and the experts in the dtype of their parameters.
+        A token that chooses no expert gets nothing from experts in training, unless the router has a fallback. Under
+        autocast the router works in float32 and the experts in the dtype of their parameters.
         Raises: RoutingError for a wrong width, a token mask of another shape, or a reentrant activation checkpoint.
         """
         if x.shape[-1:] != (self.hidden_size,):
@@ -211,15 +211,15 @@ class MoELayer(nn.Module):
     def _shared_output(self, hidden: Tensor, real: Tensor | None) -> Callable[[], Tensor]:
         """What computes the shared module's output [T, D], 0 for padding, under the autocast that is on now."""
         device = hidden.device.type
-        autocast = torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
+        is_autocast = torch.is_autocast_enabled(device)
+        autocast = torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=is_autocast)
         dtype = next(self.experts.parameters()).dtype
+        tokens = hidden if is_autocast else hidden.to(dtype)
 
         def compute() -> Tensor:
             assert self.shared is not None
             with autocast:
-                output: Tensor = self.shared(hidden).to(dtype)
+                output: Tensor = self.shared(tokens).to(dtype)
             return output if real is None else torch.where(real[:, None], output, 0.0)
 
         return compute

@@ -15,13 +15,13 @@ from dynmoe_ds.distributed import Traffic
 class LayerTraffic:
     """What this rank has sent to others for a layer, and had to.
 
-    sent: counted where it is sent. least_row_bytes: int64 scalar, computed from the masks alone: a row to every other
+    sent: counted where it is sent. least_row_bytes: computed from the masks alone, on the device: a row to every other
     rank with a chosen expert and a row back from it, forwards and, where gradients are on, backwards. Of the rows
     back, those for this rank's tokens count, which other ranks send: over a group the two sums are equal.
     """
 
     sent: Traffic = field(default_factory=Traffic)
-    least_row_bytes: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    least_row_bytes: int | Tensor = 0
 
     def expect(self, mask: Tensor, ep_size: int, row_bytes: int) -> None:
         """Count the rows [D] of `row_bytes` that mask [T, S] asks for; neighbouring ranks are a group."""
@@ -29,14 +29,13 @@ class LayerTraffic:
         by_rank = mask.view(len(mask), ep_size, mask.shape[1] // ep_size).any(2)
         num_rows = by_rank.sum() - by_rank[:, own].sum()
         directions = 4 if torch.is_grad_enabled() else 2
-        self.least_row_bytes = self.least_row_bytes.to(mask.device) + num_rows * (row_bytes * directions)
+        self.least_row_bytes = self.least_row_bytes + num_rows * (row_bytes * directions)  # waits for nothing
 
     def __add__(self, other: LayerTraffic) -> LayerTraffic:
-        device = other.least_row_bytes.device
         return LayerTraffic(
             sent=Traffic(
                 row_bytes=self.sent.row_bytes + other.sent.row_bytes,
                 metadata_bytes=self.sent.metadata_bytes + other.sent.metadata_bytes,
             ),
-            least_row_bytes=self.least_row_bytes.to(device) + other.least_row_bytes,
+            least_row_bytes=self.least_row_bytes + other.least_row_bytes,
         )

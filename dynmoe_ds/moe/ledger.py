@@ -133,7 +133,9 @@ class StepLedger:
 
     def traffic_of(self, layer: MoELayer, mask: Tensor, dtype: torch.dtype) -> Traffic:
         """The counter for the bytes of one call of `layer`, whose tokens go to the slots of mask [T, S] as `dtype`."""
-        traffic = self._traffic.setdefault(layer, LayerTraffic())
+        if layer not in self._traffic:
+            self._traffic[layer] = LayerTraffic()
+        traffic = self._traffic[layer]
         traffic.expect(mask, layer.ep_size, layer.hidden_size * dtype.itemsize)
         return traffic.sent
 

@@ -42,6 +42,11 @@ class ExpertThresholdConfig(RouterConfig):
         """For runs of thousands of steps or fewer: thresholds that lag by about 10 steps, a top-1 floor in training."""
         return cls(decay=0.9, training_fallback="top_1")
 
+    @property
+    def most_experts(self) -> int | None:
+        """`k_max`."""
+        return self.k_max
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []

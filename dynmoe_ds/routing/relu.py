@@ -67,6 +67,11 @@ class ReluConfig(RouterConfig):
         """The mean number of experts per token to reach, of the budget if there is one."""
         return self.target_k if self.budget is None else self.budget.target_k
 
+    @property
+    def most_experts(self) -> int | None:
+        """`k_max`."""
+        return self.k_max
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []

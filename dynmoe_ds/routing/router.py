@@ -57,9 +57,8 @@ class RouterConfig(ABC):
 
     @property
     def most_experts(self) -> int | None:
-        """The most experts that a token can choose: `k_max` where a router has it; None for all slots."""
-        k_max: int | None = getattr(self, "k_max", None)
-        return k_max
+        """The most experts that any token is ever sent to, whatever the mode; None for as many as there are slots."""
+        return None
 
     @abstractmethod
     def faults(self) -> list[str]:

@@ -87,6 +87,11 @@ class TopAnyConfig(RouterConfig):
         budget = BudgetConfig(target_k=target_k)
         return replace(cls.recommended(), load_balance_gradient="gates", price_weight=0.0, budget=budget)
 
+    @property
+    def most_experts(self) -> int | None:
+        """`k_max`."""
+        return self.k_max
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []

@@ -37,6 +37,11 @@ class TopPConfig(SoftmaxConfig):
         """The paper's losses with `target_k` experts per token on average, whatever p that takes."""
         return cls(budget=BudgetConfig(target_k=target_k))
 
+    @property
+    def most_experts(self) -> int | None:
+        """`k_max`."""
+        return self.k_max
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work."""
         found = []

@@ -53,7 +53,7 @@ METRICS: dict[str, str] = {
     "moe/load_entropy/<layer>": "Evenness of one layer's load: entropy of its K experts' shares over ln K, 0 to 1.",
     "moe/controller/<value>/<layer>": "A value that one layer's router sets by itself, such as its budget's control.",
     "moe/sent_row_bytes_per_token": "Bytes of rows that ranks send to each other per training token, in all layers.",
-    "moe/least_row_bytes_per_token": "The fewest such bytes that the tokens' choices allow.",
+    "moe/least_row_bytes_per_token": "The fewest such bytes that the tokens' choices allow, straight to each rank.",
     "moe/sent_metadata_bytes_per_token": "Bytes of counts, slots and weights that ranks send to each other per token.",
     "eval/mean_k": "Experts chosen per held-out token, averaged over tokens and layers.",
     "eval/mean_k/<layer>": "Experts chosen per held-out token in one layer.",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
+from dynmoe_ds.distributed import Flight
 from dynmoe_ds.errors import ConfigError
 from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import assert_near, randomise
@@ -254,6 +255,87 @@ def test_bytes_on_the_wire_are_the_fewest_that_the_masks_allow():
             assert {of_rank["calls"] for of_rank in found} == {(8, 5)}
         if dispatch.ranks_per_node:
             assert between_nodes < least, "a token goes once to a node"
+
+
+def _order_of_work(rank: int, world_size: int) -> dict[str, list[str]]:
+    """What a layer in two chunks with a shared module does one after another."""
+    order: list[str] = []
+    send, wait = Flight._send, Flight._land
+
+    def noted_send(self, tensor, splits, freight):
+        order.append("send" if freight == "rows" else "send metadata")
+        return send(self, tensor, splits, freight)
+
+    def noted_wait(self):
+        order.append("wait")
+        wait(self)
+
+    layer = make("uneven", 2, torch.float32, "swiglu", "top_any", dm.DispatchConfig(chunks=2))
+    layer.shared = torch.nn.Linear(8, 8)
+    for name, module in (("experts", layer.experts), ("shared", layer.shared)):
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        module.register_full_backward_pre_hook(lambda *_, name=name: order.append(name))
+    x = torch.randn(9, 8, requires_grad=True)
+    layer(x)  # makes the group
+    Flight._send, Flight._land = noted_send, noted_wait
+    order.clear()
+    y = layer(x)
+    forward = list(order)
+    order.clear()
+    y.square().sum().backward()
+    return {"forward": forward, "backward": order}
+
+
+def test_rows_of_one_chunk_travel_while_the_experts_compute_another():
+    away, metadata = ["send metadata", "send", "send metadata"], ["send", "send metadata"]
+    for found in run_ranks(_order_of_work, 2):
+        assert found["forward"] == [
+            *(away * 2),  # bits; rows and weights
+            "shared",
+            *["wait", "experts", "send"] * 2,
+            *["wait"] * 2,
+        ]
+        # The mirror image; gradients of rows and weights go back together.
+        backward = [step for step in found["backward"] if step != "shared"]
+        assert backward == [*["send"] * 2, *["wait", "experts", *metadata] * 2, *["wait"] * 2]
+        assert found["backward"].index("shared") < len(found["backward"]) - 2, "beside the gradients of the rows"
+
+
+def _in_anomaly_mode(rank: int, world_size: int) -> None:
+    """Gradients leave a node before they are there; torch's search for NaN must not read them too early."""
+    layer = make("uneven", 2, torch.float32, "swiglu", "top_any")
+    x = torch.randn(9, 8, requires_grad=True)
+    layer(x)
+    send = dist.all_to_all_single
+
+    class Late:
+        """Work whose result is there only when it was waited for."""
+
+        def __init__(self, output, *args, **kwargs) -> None:
+            self.output, self.arrived = output, torch.empty_like(output)
+            self.work = send(self.arrived, *args, **kwargs)
+            output.fill_(torch.nan)
+
+        def wait(self) -> None:
+            self.work.wait()
+            self.output.copy_(self.arrived)
+
+    def late(output, *args, async_op=False, **kwargs):
+        is_late = async_op and output.is_floating_point()
+        return (
+            Late(output, *args, async_op=True, **kwargs)
+            if is_late
+            else send(output, *args, async_op=async_op, **kwargs)
+        )
+
+    dist.all_to_all_single = late
+    with torch.autograd.detect_anomaly():
+        layer(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_anomaly_mode_reads_nothing_that_is_under_way():
+    run_ranks(_in_anomaly_mode, 2)
 
 
 def _shared_module(rank: int, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Agreement, groups and flights, on real ranks."""
 
+import time
 import weakref
 
 import pytest
@@ -150,6 +151,9 @@ def _flights(rank: int, world_size: int) -> None:
 
             sent_rows = [weakref.ref(parcels[0].tensor), weakref.ref(parcels[2].tensor)]
             del parcels
+            deadline = time.monotonic() + 10  # gloo's own thread lets go of what it has sent a moment after the wait
+            while any(ref() is not None for ref in sent_rows) and time.monotonic() < deadline:
+                time.sleep(0.001)
             assert [ref() for ref in sent_rows] == [None, None], "what was sent stays alive"
 
             # Each row comes back as a gradient, multiplied by the rank that had it; the other tensor gets zeros.

@@ -467,3 +467,20 @@ def test_a_state_dict_holds_the_placement():
     assert second.placement == first.placement and second.placement.next_id == 4
     assert torch.equal(second.active, first.active)
     assert second.placement.expert_ids == (0, None, 2, 3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_shared_module_takes_tokens_of_another_dtype_as_the_experts_do(autocast):
+    layer = layer_with()
+    width = layer.hidden_size
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    shared = torch.nn.Linear(width, width)
+    if not autocast:
+        layer, shared = layer.bfloat16(), shared.bfloat16()
+    with torch.autocast("cpu", enabled=autocast):
+        of_experts = layer(x)
+        beside = shared(x if autocast else x.bfloat16())
+        layer.shared = shared
+        y = layer(x)
+    assert y.dtype == x.dtype and beside.dtype == torch.bfloat16
+    assert_near(y, of_experts + beside.float(), torch.bfloat16)
