@@ -125,8 +125,8 @@ def count_a_step(engine: Any) -> None:
     counters["global_samples"] += config.train_batch_size()
     counters["micro_steps"] += ACCUMULATE
     engine.set_counters(counters)
-    if engine.records.window.is_due(engine.global_steps):
-        engine._adapt()
+    if engine.adaptation.is_due(engine.global_steps):
+        engine.adaptation.adapt(engine.global_steps, lambda: engine.masters, engine.resize_slots)
 
 
 def stop_and_skip(rank: int, world_size: int, stage: int, dtype: str) -> dict[str, Any]:
