@@ -211,6 +211,7 @@ class Trainer:
         path = self.checkpoints.go_back()
         done = self.engine.global_steps
         self.run_log.rewind(done)
+        self.engine.take_traffic()  # of steps that are done again
         self.interval = _Interval.starting_now(self.engine.device)
         if dist.get_rank() == 0:
             logger.warning(
