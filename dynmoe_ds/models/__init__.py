@@ -1,7 +1,7 @@
 """Hugging Face backbones with MoELayers in the place of some of their MLPs."""
 
 from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, vit_backbone
-from dynmoe_ds.models.decoder import build_decoder, dense_decoder
+from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, dense_decoder
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
 
@@ -14,6 +14,7 @@ __all__ = [
     "build_decoder",
     "count_flops",
     "count_parameters",
+    "decoder_backbone",
     "dense_decoder",
     "parameter_groups",
     "vit_backbone",

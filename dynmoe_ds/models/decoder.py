@@ -24,7 +24,7 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
     sizes, data = config.model, config.data
     assert isinstance(sizes, LlamaModelConfig), f"build_decoder was given {type(sizes).__name__}"
     assert isinstance(data, TextDataConfig | TokenShardsConfig), f"build_decoder was given {type(data).__name__}"
-    llama = _llama_config(sizes, vocab_size, eos_token_id, data.sequence_length)
+    llama = decoder_backbone(sizes, vocab_size, eos_token_id, data.sequence_length)
     model = dense_decoder(llama, config.seed)
     for index in sizes.moe_layers():
         model.model.layers[index].mlp = MoELayer(
@@ -49,7 +49,8 @@ def dense_decoder(llama: LlamaConfig, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def _llama_config(sizes: LlamaModelConfig, vocab_size: int, eos_token_id: int, max_length: int) -> LlamaConfig:
+def decoder_backbone(sizes: LlamaModelConfig, vocab_size: int, eos_token_id: int, max_length: int) -> LlamaConfig:
+    """The Hugging Face configuration of `build_decoder`'s backbone."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=sizes.hidden_size,

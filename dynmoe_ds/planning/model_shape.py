@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
 from dynmoe_ds.data.shard_index import read_index
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts import build_experts
-from dynmoe_ds.models import count_flops
+from dynmoe_ds.models import count_flops, decoder_backbone
 from dynmoe_ds.routing import Router, RouterConfig, build_router
 
 PER_WEIGHT = 2  # FLOPs: a multiplication and an addition
@@ -84,7 +84,9 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
         assert data.path is not None, "checked with the configuration"
         vocab_size = read_index(Path(data.path)).vocab_size
     with torch.device("meta"):
-        backbone = LlamaForCausalLM(_llama(sizes, vocab_size, data.sequence_length))
+        backbone = LlamaForCausalLM(
+            decoder_backbone(sizes, vocab_size, eos_token_id=0, max_length=data.sequence_length)
+        )
         router = build_router(config.router, sizes.hidden_size, sizes.num_slots)
         experts = build_experts(config.expert.kind, 1, sizes.hidden_size, sizes.expert_ffn_hidden_size)
     for index in sizes.moe_layers():
@@ -162,16 +164,3 @@ def _said_by(router: RouterConfig) -> float | None:
 
 def _gate_flops(router: Router) -> int:
     return PER_WEIGHT * sum(parameter.numel() for parameter in router.parameters() if parameter.dim() == 2)
-
-
-def _llama(sizes: LlamaModelConfig, vocab_size: int, max_length: int) -> LlamaConfig:
-    """What decides the shapes of `build_decoder`'s backbone."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.dense_ffn_hidden_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=sizes.tie_embeddings,
-    )
