@@ -26,7 +26,8 @@ class LlamaModelConfig:
     """A Llama-style decoder with random weights, some of whose MLPs are `MoELayer`s.
 
     From layer `moe_first` (from 0) on, every `moe_every`-th layer has experts. `moe_first` None is `moe_every` - 1: the
-    last layer of every `moe_every`. `tie_embeddings`: whether the output layer shares the weights of the embedding.
+    last layer of every `moe_every`. `shared_ffn_hidden_size`: hidden units of one expert more in each of them, which
+    all tokens pass; 0 for none. `tie_embeddings`: whether the output layer shares the weights of the embedding.
     """
 
     name: Literal["llama"] = "llama"
@@ -35,6 +36,7 @@ class LlamaModelConfig:
     num_heads: int
     dense_ffn_hidden_size: int
     expert_ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
     moe_every: int
     moe_first: int | None = None
     num_experts: int

@@ -115,6 +115,7 @@ def _llama(model: LlamaModelConfig) -> Iterator[str]:
     yield from _at_least(
         "model", model, 1, "hidden_size", "num_layers", "num_heads", "dense_ffn_hidden_size", "expert_ffn_hidden_size",
     )  # fmt: skip
+    yield from _at_least("model", model, 0, "shared_ffn_hidden_size")
     layers = model.num_layers
     if not 1 <= model.moe_every <= layers:
         yield (

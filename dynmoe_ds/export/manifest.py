@@ -21,7 +21,8 @@ FORMAT_VERSION = 1
 class LayerManifest:
     """One `MoELayer`. router: name and values, as in a run's configuration. expert_ids: the live experts, ascending.
 
-    has_shared: whether a module of any kind stands beside the experts, which is described nowhere.
+    has_shared: whether a module stands beside the experts. shared_ffn_hidden_size: its hidden units if it is an MLP as
+    Llama's; a module of another kind, 0 here, is described nowhere.
     """
 
     hidden_size: int
@@ -32,6 +33,7 @@ class LayerManifest:
     next_expert_id: int
     seed: int
     has_shared: bool = False
+    shared_ffn_hidden_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

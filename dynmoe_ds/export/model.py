@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.checkpoint.entries import Entry, entries, moe_layers, tied_names
 from dynmoe_ds.checkpoint.publish import check_vacant, published
@@ -31,7 +32,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import dense_decoder
+from dynmoe_ds.models import dense_decoder, shared_expert
 from dynmoe_ds.moe import MoELayer, Placement
 
 
@@ -130,6 +131,7 @@ def _describe_layer(layer: MoELayer) -> LayerManifest:
         next_expert_id=layer.placement.next_id,
         seed=layer.seed,
         has_shared=layer.shared is not None,
+        shared_ffn_hidden_size=layer.shared.intermediate_size if isinstance(layer.shared, LlamaMLP) else 0,
     )
 
 
@@ -198,16 +200,19 @@ def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) 
         )
     model = dense_decoder(LlamaConfig.from_dict(dict(manifest.config)), seed=0)
     for name, described in manifest.layers.items():
-        model.set_submodule(name, _build_layer(name, described, path, ep_size, num_slots))
+        layer = _build_layer(name, described, path, ep_size, num_slots)
+        layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)
+        model.set_submodule(name, layer)
     return model
 
 
 def _build_layer(name: str, described: LayerManifest, path: Path, ep_size: int, num_slots: int | None) -> MoELayer:
     num_live = len(described.expert_ids)
-    if described.has_shared:
+    if described.has_shared and not described.shared_ffn_hidden_size:
         raise CheckpointError(
-            f"{path}: {name} has a module that all tokens pass beside its experts (MoELayer's `shared`), which "
-            f"load_model cannot build. Build the model in your own code and read {WEIGHTS_FILE} with safetensors."
+            f"{path}: {name} has a module that all tokens pass beside its experts (MoELayer's `shared`), but no MLP as "
+            f"Llama's, so load_model cannot build it. Build the model in your own code and read {WEIGHTS_FILE} with "
+            "safetensors."
         )
     if num_slots is None:
         num_slots = -(-num_live // max(ep_size, 1)) * max(ep_size, 1)

@@ -137,7 +137,7 @@ def _running_layer_bytes(model: ModelShape, layout: Layout) -> tuple[float, floa
     """
     width = BYTES[layout.dtype]
     row = 3 * model.expert_ffn_hidden_size + model.hidden_size
-    moe = moe_layer_bytes(model, width) + model.mean_k * row * width
+    moe = moe_layer_bytes(model, width) + (model.mean_k * row + 3 * model.shared_ffn_hidden_size) * width
     dense = dense_layer_bytes(model, width) + (3 * model.dense_ffn_hidden_size + model.hidden_size) * width
     has_dense = model.num_layers > model.num_moe_layers
     return moe if model.num_moe_layers else 0.0, dense if has_dense else 0.0
@@ -152,13 +152,14 @@ def moe_layer_bytes(model: ModelShape, width: int) -> float:
     """Per token, of a layer with experts: attention; the router's tensors; k rows, each with gate and up.
 
     With a gate a row keeps its input, D, and gate and up, 2 F; without one (gelu) its input and the inner vector before
-    the activation, F. Beside them a weight and its gradient's place and
-    three positions of the plan. What was sent and rows that came back are not kept, since sums need only positions.
+    the activation, F. Beside them a weight and its gradient's place and three positions of the plan. A shared expert
+    keeps what a dense FFN does. What was sent and rows that came back are not kept, since sums need only positions.
     """
     width_of_row, inner = model.hidden_size, model.expert_ffn_hidden_size
     kept = width_of_row + (2 if model.is_gated else 1) * inner
     row = kept * width + 2 * FLOAT32 + 3 * INDEX_BYTES
-    return _attention_bytes(model, width) + ROUTER_TENSORS * FLOAT32 * model.num_slots + model.mean_k * row
+    shared = 4 * model.shared_ffn_hidden_size * width
+    return _attention_bytes(model, width) + ROUTER_TENSORS * FLOAT32 * model.num_slots + model.mean_k * row + shared
 
 
 def _attention_bytes(model: ModelShape, width: int) -> float:

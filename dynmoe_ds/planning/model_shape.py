@@ -14,7 +14,7 @@ from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig,
 from dynmoe_ds.data.shard_index import read_index
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts import build_experts
-from dynmoe_ds.models import count_flops, decoder_backbone
+from dynmoe_ds.models import count_flops, decoder_backbone, shared_expert
 from dynmoe_ds.routing import Router, RouterConfig, build_router
 
 PER_WEIGHT = 2  # FLOPs: a multiplication and an addition
@@ -24,11 +24,12 @@ PER_WEIGHT = 2  # FLOPs: a multiplication and an addition
 class ModelShape:
     """A decoder and the micro steps that it is trained in.
 
-    hidden_size D; expert_ffn_hidden_size F; num_experts live ones E of num_slots S per layer with experts. is_gated:
-    whether an expert has a gate beside its up-projection. mean_k: experts per token; is_exact_k: whether every token
-    takes just as many, any as likely as any other, or each expert is chosen by itself. dense_tensors: numbers of
-    elements of all parameters but the experts', routers included. expert_tensors: those of one slot of one layer.
-    dense_flops: of a token's forward pass outside the experts; expert_flops: of one row in one expert.
+    hidden_size D; expert_ffn_hidden_size F; shared_ffn_hidden_size: that of an expert that all tokens pass. num_experts
+    live ones E of num_slots S per layer with experts. is_gated: whether an expert has a gate beside its up-projection.
+    mean_k: experts per token; is_exact_k: whether every token takes just as many, any as likely as any other, or each
+    expert is chosen by itself. dense_tensors: numbers of elements of all parameters but the experts', routers included.
+    expert_tensors: those of one slot of one layer. dense_flops: of a token's forward pass outside the experts;
+    expert_flops: of one row in one expert.
     """
 
     hidden_size: int
@@ -37,6 +38,7 @@ class ModelShape:
     num_heads: int
     dense_ffn_hidden_size: int
     expert_ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
     vocab_size: int
     num_experts: int
     num_slots: int
@@ -89,8 +91,9 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
         )
         router = build_router(config.router, sizes.hidden_size, sizes.num_slots)
         experts = build_experts(config.expert.kind, 1, sizes.hidden_size, sizes.expert_ffn_hidden_size)
-    for index in sizes.moe_layers():
-        backbone.model.layers[index].mlp = nn.Identity()
+        for index in sizes.moe_layers():
+            shared = shared_expert(backbone.config, sizes.shared_ffn_hidden_size)
+            backbone.model.layers[index].mlp = shared or nn.Identity()
     num_moe_layers = len(sizes.moe_layers())
     flops = count_flops(backbone, data.sequence_length)
     tensors = [parameter.numel() for parameter in backbone.parameters()]
@@ -102,6 +105,7 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
         num_heads=sizes.num_heads,
         dense_ffn_hidden_size=sizes.dense_ffn_hidden_size,
         expert_ffn_hidden_size=sizes.expert_ffn_hidden_size,
+        shared_ffn_hidden_size=sizes.shared_ffn_hidden_size,
         vocab_size=vocab_size,
         num_experts=sizes.num_experts,
         num_slots=sizes.num_slots,

@@ -95,15 +95,14 @@ def _moved_elements(model: ModelShape, layout: Layout) -> float:
     """Elements per token that a forward pass reads and writes beside matrix products, of rows and of activations.
 
     Per layer: two norms, rotary embeddings and two residual sums of about 4 D each, 20 D; the product of gate and up,
-    4 F, dense or k times per token. Per layer with experts: gathering k rows and summing them, 2 (k + 1) D, and in
-    front of both, with expert parallelism, the same for the rows sent. The logits: 4 V, of softmax and loss.
+    4 F, dense, shared or k times per token. Per layer with experts: gathering k rows and summing them, 2 (k + 1) D,
+    and in front of both, with expert parallelism, the same for the rows sent. The logits: 4 V, of softmax and loss.
     """
     sent = sent_per_token(model, layout)
     legs = 0.0 if layout.ep_size == 1 else 1 + sent.rows_within + sent.rows_between
     dense = (model.num_layers - model.num_moe_layers) * 4 * model.dense_ffn_hidden_size
-    experts = model.num_moe_layers * (
-        4 * model.mean_k * model.expert_ffn_hidden_size + 2 * (model.mean_k + 1 + legs) * model.hidden_size
-    )
+    hidden_units = model.mean_k * model.expert_ffn_hidden_size + model.shared_ffn_hidden_size
+    experts = model.num_moe_layers * (4 * hidden_units + 2 * (model.mean_k + 1 + legs) * model.hidden_size)
     return 20 * model.num_layers * model.hidden_size + dense + experts + 4 * model.vocab_size
 
 

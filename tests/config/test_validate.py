@@ -70,6 +70,7 @@ def test_what_is_known_of_the_data_room_is_so_there() -> None:
         ),
         ({"model__num_heads": 0}, "model.num_heads is 0 but must be at least 1."),
         ({"model__expert_ffn_hidden_size": 0}, "model.expert_ffn_hidden_size is 0 but must be at least 1."),
+        ({"model__shared_ffn_hidden_size": -1}, "model.shared_ffn_hidden_size is -1 but must be at least 0."),
         (
             {"model__moe_every": 5},
             "model.moe_every is 5 but must be between 1 and model.num_layers (4), or no layer has experts.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError
 from dynmoe_ds.models import count_flops
 from tests.export.test_model import decoder
-from tests.helpers.models import FFN, HIDDEN, TinyModel, deepspeed_config, train
+from tests.helpers.models import FFN, HIDDEN, TinyModel, batch, deepspeed_config, train
 from tests.helpers.spawn import run_ranks
 
 
@@ -50,6 +52,49 @@ def test_it_trains_on_two_ranks_as_on_one_and_is_in_checkpoints(tmp_path: Path) 
         assert two[stage][0] == pytest.approx(losses, abs=5e-6), stage
         assert two[stage][1] == live and len(live[0]) > 4, stage
         assert goes_on and two[stage][2], "the checkpoint lacks the module"
+
+
+def test_a_decoders_shared_expert_is_in_a_saved_model_and_loads(tmp_path: Path) -> None:
+    model = decoder(model__shared_ffn_hidden_size=12)
+    dm.save_model(model, tmp_path / "model")
+    loaded = dm.load_model(tmp_path / "model")
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        for layer in loaded.model.layers:
+            layer.mlp.shared = None
+        assert not torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def _resize(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    losses = []
+    for resizes in (True, False):
+        engine = dm.initialize(make(world_size), deepspeed_config(2), dm.AdaptationConfig(2, 2))
+        found = train(engine, range(3), rank, world_size)
+        if resizes:
+            engine.resize_slots(12)
+        losses.append(found + train(engine, range(3, 6), rank, world_size))
+    return losses[0], losses[1]
+
+
+def test_a_pool_of_another_size_leaves_it_as_it_is() -> None:
+    resized, same = run_ranks(_resize, 2)[0]
+    assert resized == pytest.approx(same, abs=5e-6)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    def gradients(model: TinyModel) -> dict[str, torch.Tensor]:
+        x, y = batch(0, 24)
+        with dm.StepLedger():
+            model(x.requires_grad_(), y).backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+    model, again = make(1), make(1)
+    again.checkpoint = partial(checkpoint, use_reentrant=False)
+    want, got = gradients(model), gradients(again)
+    assert "moe.1.shared.0.weight" in want and want.keys() == got.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
 
 
 def test_a_saved_model_holds_it_and_load_model_says_that_it_cannot_build_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.helpers.run_config import small_run
+from torch import nn
 
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.models import build_decoder, count_parameters, parameter_groups
@@ -72,6 +73,20 @@ def test_a_seed_gives_one_model_layers_differ_and_the_global_state_stays():
             assert not torch.equal(one, different), name
     one, three = (first.model.layers[index].mlp.experts.w1 for index in (1, 3))
     assert not torch.equal(one, three)
+
+
+def test_a_shared_expert_adds_its_output_for_every_token():
+    model, without = _decoder(shared_ffn_hidden_size=12), _decoder()
+    x = torch.randn(5, HIDDEN)
+    layers = [(one.mlp, other.mlp) for one, other in zip(model.model.layers, without.model.layers, strict=True)]
+    for layer, other in layers[1::2]:
+        gate, up, down = (layer.shared.get_submodule(f"{name}_proj").weight for name in ("gate", "up", "down"))
+        assert gate.shape == (12, HIDDEN) and gate.std().item() == pytest.approx(0.02, rel=0.2)
+        beside = (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        assert beside.abs().max() > 0
+        torch.testing.assert_close(layer(x), other(x) + beside)
+    assert not torch.equal(layers[1][0].shared.up_proj.weight, layers[3][0].shared.up_proj.weight)
+    assert without.model.layers[1].mlp.shared is None and not isinstance(layers[0][0], MoELayer)
 
 
 def test_expert_weights_are_on_the_scale_of_the_dense_ones():

@@ -89,14 +89,16 @@ def _saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("shared", [0, 256])
 @pytest.mark.parametrize("expert", ["swiglu", "gelu"])
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_activations_of_a_real_decoder(dtype, k, expert) -> None:
+def test_saved_activations_of_a_real_decoder(dtype, k, expert, shared) -> None:
     """Within 5 %: masks and positions of tokens are not in the model."""
     config = small_run(
         router=TopKConfig(k=k), expert__kind=expert, model__hidden_size=128, model__expert_ffn_hidden_size=192,
         model__dense_ffn_hidden_size=320, model__num_layers=4, data__vocab_size=300, data__sequence_length=64,
+        model__shared_ffn_hidden_size=shared,
     )  # fmt: skip
     model = build_decoder(config, 300, 0).to(dtype)
     ids = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(0))

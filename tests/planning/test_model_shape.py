@@ -28,6 +28,7 @@ RUN_DIR = "run_dir=runs/never-made-by-a-test"
         {"expert__kind": "gelu", "model__num_layers": 5, "model__moe_first": 0, "model__tie_embeddings": False},
         {"router": TopKConfig(k=2, num_null_experts=1), "model__num_experts": 3},
         {"router": TopAnyConfig.budgeted(3.0), "model__moe_every": 1},
+        {"model__shared_ffn_hidden_size": 20, "model__moe_every": 1},
     ],
 )
 def test_counts_are_those_of_the_real_model(values) -> None:
