@@ -4,6 +4,7 @@ None of them is differentiable by itself: `dynmoe_ds` puts them into autograd fu
 the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
 """
 
+from .activations import ACTIVATIONS, Activation
 from .gather_rows import gather_rows
 from .plan import PlanIndices, plan
 from .selection import KernelChoiceError, chosen_kernels, forced_kernels, use_triton
@@ -11,11 +12,13 @@ from .slot_of_rows import slot_of_rows
 from .sum_rows import sum_rows
 from .sum_slots import sum_slots
 from .top_any_gates import cosine_scores_backward, top_any_gates
+from .weighted_activation import weighted_activation, weighted_activation_backward
 from .weighted_bias import add_weighted_bias, add_weighted_bias_backward
-from .weighted_gelu import weighted_gelu, weighted_gelu_backward
-from .weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
+from .weighted_gated import weighted_gated, weighted_gated_backward
 
 __all__ = [
+    "ACTIVATIONS",
+    "Activation",
     "KernelChoiceError",
     "PlanIndices",
     "add_weighted_bias",
@@ -30,8 +33,8 @@ __all__ = [
     "sum_slots",
     "top_any_gates",
     "use_triton",
-    "weighted_gelu",
-    "weighted_gelu_backward",
-    "weighted_swiglu",
-    "weighted_swiglu_backward",
+    "weighted_activation",
+    "weighted_activation_backward",
+    "weighted_gated",
+    "weighted_gated_backward",
 ]

@@ -16,9 +16,13 @@ from dynmoe_ds.routing.router import RouterConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertConfig:
-    """The kind of expert: `swiglu` (as in Llama) or `gelu` (two layers with biases)."""
+    """The kind of expert.
 
-    kind: Literal["swiglu", "gelu"]
+    With a gate and no biases: `swiglu` (as in Llama), `geglu`, `geglu_tanh` (Gemma). Two layers with biases: `gelu`
+    (BERT, ViT), `gelu_tanh` (Phi, SigLIP), `quick_gelu` (CLIP).
+    """
+
+    kind: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,21 @@
 """Experts: feed-forward networks with stacked parameters, one entry per slot of this rank."""
 
+from collections.abc import Callable
+from functools import partial
+
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts.experts import Experts, seeded_generator
-from dynmoe_ds.experts.gelu import GELUExperts
-from dynmoe_ds.experts.swiglu import SwiGLUExperts
+from dynmoe_ds.experts.gated import GatedExperts
+from dynmoe_ds.experts.two_layer import TwoLayerExperts
 
-EXPERT_KINDS: dict[str, type[SwiGLUExperts] | type[GELUExperts]] = {"swiglu": SwiGLUExperts, "gelu": GELUExperts}
+EXPERT_KINDS: dict[str, Callable[[int, int, int], Experts]] = {
+    "swiglu": partial(GatedExperts, activation="silu"),
+    "geglu": partial(GatedExperts, activation="gelu"),
+    "geglu_tanh": partial(GatedExperts, activation="gelu_tanh"),
+    "gelu": partial(TwoLayerExperts, activation="gelu"),
+    "gelu_tanh": partial(TwoLayerExperts, activation="gelu_tanh"),
+    "quick_gelu": partial(TwoLayerExperts, activation="quick_gelu"),
+}
 
 
 def build_experts(kind: str, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> Experts:
@@ -18,4 +28,4 @@ def build_experts(kind: str, num_local_slots: int, hidden_size: int, ffn_hidden_
     return EXPERT_KINDS[kind](num_local_slots, hidden_size, ffn_hidden_size)
 
 
-__all__ = ["EXPERT_KINDS", "Experts", "GELUExperts", "SwiGLUExperts", "build_experts", "seeded_generator"]
+__all__ = ["EXPERT_KINDS", "Experts", "GatedExperts", "TwoLayerExperts", "build_experts", "seeded_generator"]

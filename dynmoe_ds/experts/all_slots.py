@@ -16,19 +16,29 @@ from torch.autograd.function import once_differentiable
 
 import dynmoe_kernels
 from dynmoe_ds.experts.products_by_slot import multiply, multiply_pairs
+from dynmoe_kernels import Activation
 
 
-class SwiGLUOfAllSlots(torch.autograd.Function):
-    """`w · w2 (silu(w1 x) * (w3 x))` [R, D]; slot_ends [s] int32: the row after each slot's last."""
+class GatedOfAllSlots(torch.autograd.Function):
+    """`w · w2 (activation(w1 x) * (w3 x))` [R, D]; slot_ends [s] int32: the row after each slot's last."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, row_weights: Tensor, slot_ends: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+        ctx: Any,
+        rows: Tensor,
+        row_weights: Tensor,
+        slot_ends: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        activation: Activation = "silu",
     ) -> Tensor:
         gate = multiply(rows, w1.transpose(1, 2), slot_ends)
         up = multiply(rows, w3.transpose(1, 2), slot_ends)
         ctx.save_for_backward(rows, row_weights, slot_ends, gate, up, w1, w3, w2)
-        return multiply(dynmoe_kernels.weighted_swiglu(gate, up, row_weights), w2.transpose(1, 2), slot_ends)
+        ctx.activation = activation
+        product = dynmoe_kernels.weighted_gated(gate, up, row_weights, activation)
+        return multiply(product, w2.transpose(1, 2), slot_ends)
 
     @staticmethod
     @once_differentiable
@@ -36,8 +46,8 @@ class SwiGLUOfAllSlots(torch.autograd.Function):
         rows, row_weights, slot_ends, gate, up, w1, w3, w2 = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_gate, grad_up, grad_weights, product = dynmoe_kernels.weighted_swiglu_backward(
-            multiply(grad, w2, slot_ends), gate, up, row_weights, with_product=wants[5]
+        grad_gate, grad_up, grad_weights, product = dynmoe_kernels.weighted_gated_backward(
+            multiply(grad, w2, slot_ends), gate, up, row_weights, ctx.activation, with_product=wants[5]
         )
         grad_rows = None
         if wants[0]:
@@ -45,11 +55,11 @@ class SwiGLUOfAllSlots(torch.autograd.Function):
         grad1 = multiply_pairs(grad_gate, rows, slot_ends) if wants[3] else None
         grad3 = multiply_pairs(grad_up, rows, slot_ends) if wants[4] else None
         grad2 = multiply_pairs(grad, product, slot_ends) if product is not None else None
-        return grad_rows, grad_weights, None, grad1, grad3, grad2
+        return grad_rows, grad_weights, None, grad1, grad3, grad2, None
 
 
-class GELUOfAllSlots(torch.autograd.Function):
-    """`w · (w2 gelu(w1 x + b1) + b2)` [R, D]; slot_ends [s] int32: the row after each slot's last."""
+class TwoLayersOfAllSlots(torch.autograd.Function):
+    """`w · (w2 activation(w1 x + b1) + b2)` [R, D]; slot_ends [s] int32: the row after each slot's last."""
 
     @staticmethod
     def forward(
@@ -61,10 +71,12 @@ class GELUOfAllSlots(torch.autograd.Function):
         b1: Tensor,
         w2: Tensor,
         b2: Tensor,
+        activation: Activation = "gelu",
     ) -> Tensor:
         pre = multiply(rows, w1.transpose(1, 2), slot_ends)
         ctx.save_for_backward(rows, row_weights, slot_ends, pre, w1, b1, w2, b2)
-        inner = dynmoe_kernels.weighted_gelu(pre, b1, row_weights, slot_ends)
+        ctx.activation = activation
+        inner = dynmoe_kernels.weighted_activation(pre, b1, row_weights, slot_ends, activation)
         out = multiply(inner, w2.transpose(1, 2), slot_ends)
         return dynmoe_kernels.add_weighted_bias(out, b2, row_weights, slot_ends)
 
@@ -74,12 +86,12 @@ class GELUOfAllSlots(torch.autograd.Function):
         rows, row_weights, slot_ends, pre, w1, b1, w2, b2 = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_pre, grad_weights, product = dynmoe_kernels.weighted_gelu_backward(
-            multiply(grad, w2, slot_ends), pre, b1, row_weights, slot_ends, with_product=wants[5]
+        grad_pre, grad_weights, product = dynmoe_kernels.weighted_activation_backward(
+            multiply(grad, w2, slot_ends), pre, b1, row_weights, slot_ends, ctx.activation, with_product=wants[5]
         )
         grad_b2, grad_weights_of_bias = dynmoe_kernels.add_weighted_bias_backward(grad, b2, row_weights, slot_ends)
         grad_rows = multiply(grad_pre, w1, slot_ends) if wants[0] else None
         grad1 = multiply_pairs(grad_pre, rows, slot_ends) if wants[3] else None
         grad_b1 = dynmoe_kernels.sum_slots(grad_pre, slot_ends) if wants[4] else None
         grad2 = multiply_pairs(grad, product, slot_ends) if product is not None else None
-        return grad_rows, grad_weights + grad_weights_of_bias, None, grad1, grad_b1, grad2, grad_b2
+        return grad_rows, grad_weights + grad_weights_of_bias, None, grad1, grad_b1, grad2, grad_b2, None

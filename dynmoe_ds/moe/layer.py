@@ -27,11 +27,11 @@ class MoELayer(nn.Module):
 
     num_experts: live experts at the start. num_slots: places for experts over the whole expert-parallel group, a
     multiple of `ep_size`. ep_size: neighbouring ranks that share the experts; each holds num_slots / ep_size slots.
-    router: a registered name or a router's configuration. expert: `swiglu` or `gelu`. seed: initial weights are a
-    function of it and of the expert's id alone, whatever the layout; None draws one from torch's default generator,
-    so that `torch.manual_seed` governs it. shared: a module [T, D] -> [T, D] that every token passes beside its
-    experts, such as a shared expert or the dense MLP (a residual FFN); its output is added, and it runs while rows
-    travel. dispatch: how rows travel between ranks.
+    router: a registered name or a router's configuration. expert: `swiglu`, `geglu`, `geglu_tanh`, `gelu`, `gelu_tanh`
+    or `quick_gelu`. seed: initial weights are a function of it and of the expert's id alone, whatever the layout; None
+    draws one from torch's default generator, so that `torch.manual_seed` governs it. shared: a module [T, D] -> [T, D]
+    that every token passes beside its experts, such as a shared expert or the dense MLP (a residual FFN); its output is
+    added, and it runs while rows travel. dispatch: how rows travel between ranks.
 
     Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on for this rank's slots.
     `active` [S] bool: the live slots, equal on all ranks.

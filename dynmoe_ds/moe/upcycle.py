@@ -19,7 +19,7 @@ from dynmoe_ds.routing import RouterConfig
 
 M = TypeVar("M", bound=nn.Module)
 
-NAMED_LAYERS = ("all", "even", "odd")
+NAMED_LAYERS = ("all", "even", "odd", "first_half", "second_half")
 
 
 def upcycle(
@@ -31,20 +31,26 @@ def upcycle(
     ep_size: int = 1,
     seed: int | None = None,
     noise: float = 0.0,
+    parts: int = 1,
 ) -> M:
     """`model` itself, with the FFNs of some layers replaced by MoELayers whose experts are copies of the FFN.
 
         model = dm.upcycle(model, layers=[-2, -1], num_experts=4, num_slots=8)
 
     Without noise, and with routing weights that sum to 1 for every token, the model computes what it computed before.
-    It takes FFNs of Llama's form (`gate_proj`, `up_proj`, `down_proj`), of ViT's (`fc1`, `fc2`) and of BERT's
-    (`intermediate.dense`, `output.dense`, whose dropout, residual and norm stay); each is compared with an expert on
-    random input before anything is changed. Weights, biases, dtype, device and `requires_grad` are kept.
+    It takes FFNs of Llama's form (`gate_proj`, `up_proj`, `down_proj`: also Mistral, Qwen2, StableLM, Gemma), of ViT's
+    (`fc1`, `fc2`: also CLIP, SigLIP, Phi) and of BERT's (`intermediate.dense`, `output.dense`, whose dropout, residual
+    and norm stay), with any activation that experts have; each is compared with an expert on random input before
+    anything is changed. Weights, biases, dtype, device and `requires_grad` are kept.
 
-    layers: `even` (0, 2, 4, ...), `odd`, `all`, or indices; layers count from 0, and negative indices from the end.
+    layers: `even` (0, 2, 4, ...), `odd`, `first_half`, `second_half` (the larger one of an odd number), `all`, or
+    indices; layers count from 0, and negative indices from the end.
     num_experts, num_slots, router, ep_size: as in `MoELayer`. seed: gate rows and noise are a function of it, of the
     layer and of the expert's id, whatever the layout; None draws one from torch's default generator. noise: standard
-    deviation of the noise on every copy, as a fraction of the standard deviation of the copied tensor.
+    deviation of the noise on every copy, as a fraction of the standard deviation of the copied tensor. parts: finer
+    experts, of a copy's hidden units cut into so many parts of neighbours: expert e has part e modulo `parts`, its
+    output `parts` times as large, so that equal weights on all parts give the FFN's output; a token should choose at
+    least as many experts.
 
     Raises: ConfigError for a model without such FFNs or that has MoELayers already, a layer that does not exist, an FFN
     that computes something else than an expert can, or sizes that cannot work. The model is unchanged then.
@@ -53,26 +59,32 @@ def upcycle(
     faults = layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size)
     if noise < 0:
         faults.append(f"noise is {noise} but must not be negative.")
+    if parts < 1 or num_experts % parts:
+        faults.append(f"parts is {parts} but must be at least 1 and divide num_experts ({num_experts}).")
     if faults:
         raise ConfigError(faults)
     current_layout(ep_size)  # raises if the ranks do not fit
     found = _find_ffns(model)
     chosen = [found[index] for index in _indices(layers, sorted(found))]
-    _check_computation(chosen)
+    if parts > 1 and (uneven := [ffn for ffn in chosen if ffn.ffn_hidden_size % parts]):
+        raise ConfigError(
+            f"parts is {parts} but must divide the hidden units of {uneven[0].path}, {uneven[0].ffn_hidden_size}."
+        )
+    kinds = _expert_kinds(chosen)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
-    for ffn in chosen:
+    for ffn, kind in zip(chosen, kinds, strict=True):
         layer = MoELayer(
             hidden_size=ffn.hidden_size,
-            ffn_hidden_size=ffn.ffn_hidden_size,
+            ffn_hidden_size=ffn.ffn_hidden_size // parts,
             num_experts=num_experts,
             num_slots=num_slots,
             ep_size=ep_size,
             router=router,
-            expert=ffn.form.expert,
+            expert=kind,
             seed=layer_seed(seed, ffn.index),
         )
         weight = ffn.linear("1").weight
-        _fill(layer.to(device=weight.device, dtype=weight.dtype), ffn, noise)
+        _fill(layer.to(device=weight.device, dtype=weight.dtype), ffn, noise, parts)
         model.set_submodule(_join(ffn.path, ffn.form.entry), layer.train(model.training))
         if ffn.form.exit is not None:
             model.set_submodule(_join(ffn.path, ffn.form.exit), nn.Identity())
@@ -83,22 +95,24 @@ def upcycle(
 class _Form:
     """How a family of models writes its FFN, in paths below one module of every layer.
 
-    linears: the `nn.Linear` that holds the expert's `w1` and `b1`, and so on, by number. entry: the module whose place
-    the MoELayer takes; it holds nothing but these linears and an activation. exit: the linear behind it, if it lies
-    outside of the entry.
+    experts: the kinds of expert that may compute the same; they differ in their activation. linears: the `nn.Linear`
+    that holds the expert's `w1` and `b1`, and so on, by number. entry: the module whose place the MoELayer takes; it
+    holds nothing but these linears and an activation. exit: the linear behind it, if it lies outside of the entry.
     """
 
-    expert: str
+    experts: tuple[str, ...]
     linears: Mapping[str, str]
     entry: str = ""
     exit: str | None = None
 
 
+_GATED = ("swiglu", "geglu_tanh", "geglu")
+_TWO_LAYER = ("gelu", "gelu_tanh", "quick_gelu")
 _FORMS = (
-    _Form(expert="swiglu", linears={"1": "gate_proj", "3": "up_proj", "2": "down_proj"}),
-    _Form(expert="gelu", linears={"1": "fc1", "2": "fc2"}),
+    _Form(experts=_GATED, linears={"1": "gate_proj", "3": "up_proj", "2": "down_proj"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "fc1", "2": "fc2"}),
     _Form(
-        expert="gelu",
+        experts=_TWO_LAYER,
         linears={"1": "intermediate.dense", "2": "output.dense"},
         entry="intermediate",
         exit="output.dense",
@@ -194,7 +208,14 @@ def _indices(layers: str | Sequence[int], present: list[int]) -> list[int]:
     if isinstance(layers, str):
         if layers not in NAMED_LAYERS:
             raise ConfigError(f"layers is {layers!r}. Use {', '.join(NAMED_LAYERS)} or a list of indices.")
-        chosen = [index for index in present if layers == "all" or index % 2 == (layers == "odd")]
+        half = len(present) // 2
+        chosen = {
+            "all": present,
+            "even": [index for index in present if index % 2 == 0],
+            "odd": [index for index in present if index % 2 == 1],
+            "first_half": present[:half],
+            "second_half": present[half:],
+        }[layers]
     else:
         chosen = [index + last + 1 if index < 0 else index for index in layers]
         if wrong := [given for given, index in zip(layers, chosen, strict=True) if index not in present]:
@@ -207,44 +228,59 @@ def _indices(layers: str | Sequence[int], present: list[int]) -> list[int]:
     return sorted(chosen)
 
 
-def _check_computation(ffns: list[_FFN]) -> None:
-    """Raises: ConfigError with every FFN that an expert would change."""
-    if faults := [fault for ffn in ffns for fault in _bias_faults(ffn) or _function_faults(ffn)]:
+def _expert_kinds(ffns: list[_FFN]) -> list[str]:
+    """The kind of expert that computes what each FFN does. Raises: ConfigError with every FFN that none would."""
+    kinds, faults = [], []
+    for ffn in ffns:
+        if found := _form_faults(ffn):
+            faults += found
+        elif (kind := _expert_kind(ffn)) is not None:
+            kinds.append(kind)
+        else:
+            faults.append(_unlike_any_expert(ffn))
+    if faults:
         raise ConfigError(faults)
+    return kinds
 
 
-def _bias_faults(ffn: _FFN) -> list[str]:
-    """Whether the FFN has biases where experts have none, or the other way round."""
-    wanted = {name for name, _ in build_experts(ffn.form.expert, 1, 1, 1).named_parameters()}
+def _form_faults(ffn: _FFN) -> list[str]:
+    """Whether the FFN feeds tokens in chunks, has biases where experts have none, or the other way round."""
+    if getattr(ffn.block, "chunk_size_feed_forward", 0) > 0:
+        return [f"{ffn.path} feeds tokens in chunks, whose padding is not known. Set chunk_size_feed_forward to 0."]
+    wanted = {name for name, _ in build_experts(ffn.form.experts[0], 1, 1, 1).named_parameters()}
     given = set(ffn.parameters())
     found = []
     for names, verb, advice in ((given - wanted, "has biases", "without"), (wanted - given, "lacks biases", "with")):
         if names:
             linears = ", ".join(sorted(ffn.form.linears[name[1:]] for name in names))
             found.append(
-                f"{ffn.path} {verb} in {linears}, unlike a {ffn.form.expert} expert. Use a model {advice} them."
+                f"{ffn.path} {verb} in {linears}, unlike a {ffn.form.experts[0]} expert. Use a model {advice} them."
             )
     return found
 
 
 @torch.no_grad()
-def _function_faults(ffn: _FFN) -> list[str]:
-    """Whether an expert with the FFN's weights computes something else, in float64 and in training mode."""
-    if getattr(ffn.block, "chunk_size_feed_forward", 0) > 0:
-        return [f"{ffn.path} feeds tokens in chunks, whose padding is not known. Set chunk_size_feed_forward to 0."]
+def _expert_kind(ffn: _FFN) -> str | None:
+    """The kind of expert that computes the same with the FFN's weights, in float64 and in training mode."""
     device = ffn.linear("1").weight.device
-    expert = build_experts(ffn.form.expert, 1, ffn.hidden_size, ffn.ffn_hidden_size).to(device, torch.float64)
-    for name, value in ffn.parameters().items():
-        expert.get_parameter(name)[0] = value
     # From the activation's linear part to values far beyond those that training sees.
     scales = torch.logspace(-2, 2, 32, dtype=torch.float64)[:, None]
     x = torch.randn(32, ffn.hidden_size, generator=seeded_generator(ffn.path), dtype=torch.float64) * scales
     want = x = x.to(device)
     for module in ffn.modules():
         want = copy.deepcopy(module).double().train()(want)
-    got = expert(x, x.new_ones(len(x)), torch.tensor([len(x)], device=device))
-    if torch.allclose(got, want, rtol=1e-6, atol=1e-9 * float(want.abs().max())):
-        return []
+    for kind in ffn.form.experts:
+        expert = build_experts(kind, 1, ffn.hidden_size, ffn.ffn_hidden_size).to(device, torch.float64)
+        for name, value in ffn.parameters().items():
+            expert.get_parameter(name)[0] = value
+        got = expert(x, x.new_ones(len(x)), torch.tensor([len(x)], device=device))
+        if torch.allclose(got, want, rtol=1e-6, atol=1e-9 * float(want.abs().max())):
+            return kind
+    return None
+
+
+def _unlike_any_expert(ffn: _FFN) -> str:
+    """The error for an FFN that no expert could replace."""
     linears = [ffn.linear(number) for number in ffn.form.linears]
     others = {
         type(part).__name__: None
@@ -252,17 +288,16 @@ def _function_faults(ffn: _FFN) -> list[str]:
         for part in module.modules()
         if part is not module and not any(part is linear for linear in linears)
     }
-    return [
-        f"{ffn.path} computes something else than a {ffn.form.expert} expert with its weights would; beside its "
-        f"linears it has {', '.join(others) or 'nothing'}. Experts have SiLU (swiglu) or the exact GELU (gelu) and no "
-        "dropout inside."
-    ]
+    return (
+        f"{ffn.path} computes something else than any expert with its weights would ({', '.join(ffn.form.experts)}); "
+        f"beside its linears it has {', '.join(others) or 'nothing'}. No expert has dropout inside."
+    )
 
 
 @torch.no_grad()
-def _fill(layer: MoELayer, ffn: _FFN, noise: float) -> None:
-    """Give every live expert of this rank the FFN's parameters."""
-    first = layer.local_slots.start
+def _fill(layer: MoELayer, ffn: _FFN, noise: float, parts: int) -> None:
+    """Give every live expert of this rank the FFN's parameters, or its part of them."""
+    first, inner = layer.local_slots.start, layer.ffn_hidden_size
     for name, source in ffn.parameters().items():
         target = layer.experts.get_parameter(name)
         scale = noise * source.std(correction=0)
@@ -272,7 +307,9 @@ def _fill(layer: MoELayer, ffn: _FFN, noise: float) -> None:
                 if noise > 0:
                     generator = seeded_generator(layer.seed, expert_id, name, "noise")
                     value = source + scale * torch.randn(source.shape, generator=generator).to(source)
-                target[slot - first] = value
+                if name in layer.experts.unit_dims:
+                    value = value.narrow(layer.experts.unit_dims[name] - 1, expert_id % parts * inner, inner)
+                target[slot - first] = parts * value if name == "w2" else value
         target.requires_grad_(source.requires_grad)
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
 from dynmoe_ds.data.shard_index import read_index
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.experts import build_experts
+from dynmoe_ds.experts import GatedExperts, build_experts
 from dynmoe_ds.models import count_flops, decoder_backbone, shared_expert
 from dynmoe_ds.routing import Router, RouterConfig, build_router
 
@@ -109,7 +109,7 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
         vocab_size=vocab_size,
         num_experts=sizes.num_experts,
         num_slots=sizes.num_slots,
-        is_gated=config.expert.kind == "swiglu",
+        is_gated=isinstance(experts, GatedExperts),
         mean_k=k,
         is_exact_k=is_exact,
         dense_tensors=tuple(tensors),

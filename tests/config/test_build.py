@@ -118,7 +118,12 @@ def test_a_whole_number_is_a_number_but_nothing_else_is_converted() -> None:
         ("training.sample_prompt", 3, "training.sample_prompt is 3 (a whole number) but must be text."),
         ("data.path", 3, "data.path is 3 (a whole number) but must be text."),
         ("seed", {"x": 1}, "seed is {'x': 1} (a section) but must be a whole number."),
-        ("expert.kind", "swigul", "expert.kind is 'swigul'. Did you mean 'swiglu'? Use swiglu or gelu."),
+        (
+            "expert.kind",
+            "swigul",
+            "expert.kind is 'swigul'. Did you mean 'swiglu'? Use swiglu, geglu, geglu_tanh, gelu, gelu_tanh or "
+            "quick_gelu.",
+        ),
         ("parallel.dtype", 16, "parallel.dtype is 16. Use float32 or bfloat16."),
         ("adaptation.last_growth_step", 1.5, "adaptation.last_growth_step is 1.5 (a number) but must be a whole"),
         ("model.hiden_size", 64, "There is no key 'model.hiden_size'. Did you mean 'model.hidden_size'?"),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynmoe_ds.experts.all_slots import GELUOfAllSlots, SwiGLUOfAllSlots
+from dynmoe_ds.experts.all_slots import GatedOfAllSlots, TwoLayersOfAllSlots
 from dynmoe_ds.experts.slot_by_slot import SlotBySlot
 from tests.helpers.reference import assert_near, expert
 
@@ -28,7 +28,7 @@ class CountedProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-FORMS = {"swiglu": SwiGLUOfAllSlots, "gelu": GELUOfAllSlots}
+FORMS = {"swiglu": GatedOfAllSlots, "gelu": TwoLayersOfAllSlots}
 
 
 @pytest.fixture(params=SHAPES)

@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, slot_by_slot
-from dynmoe_ds.experts.all_slots import SwiGLUOfAllSlots
+from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from tests.helpers.reference import assert_near, expert
 
 KINDS = tuple(EXPERT_KINDS)
@@ -40,7 +40,7 @@ def test_weighted_outputs_equal_the_formula(kind, dtype, sizes, counts):
     assert got.dtype == dtype
     slots = [e for e, count in enumerate(counts) for _ in range(count)]
     p = {f"experts.{name}": param.detach().double() for name, param in experts.named_parameters()}
-    want = [w * expert(p, e, row) for e, row, w in zip(slots, rows.double(), weights.double(), strict=True)]
+    want = [w * expert(p, e, row, kind) for e, row, w in zip(slots, rows.double(), weights.double(), strict=True)]
     assert_near(got, torch.stack(want) if want else got.double())
 
 
@@ -73,7 +73,7 @@ def test_swiglu_slot_by_slot_equals_swiglu_of_all_slots(dtype, values_per_part, 
         return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
     by_slot = run(slot_by_slot.SlotBySlot.apply, per_slot.tolist())
-    grouped = run(SwiGLUOfAllSlots.apply, per_slot.cumsum(0, dtype=torch.int32))
+    grouped = run(GatedOfAllSlots.apply, per_slot.cumsum(0, dtype=torch.int32))
     for got, expected in zip(by_slot, grouped, strict=True):
         assert_near(got, expected.detach(), dtype)
     assert not any(gradient[1].any() for gradient in by_slot[3:]), "the slot without rows"
@@ -149,7 +149,7 @@ def test_generators_are_a_function_of_their_key():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("moe", 1, 1, 1), "There is no expert called 'moe'. Use one of swiglu, gelu."),
+        (("moe", 1, 1, 1), f"There is no expert called 'moe'. Use one of {', '.join(KINDS)}."),
         (("swiglu", 0, 1, 1), "slots on a rank is 0 but must be at least 1."),
         (("gelu", 1, -3, 1), "hidden_size is -3 but must be at least 1."),
         (("gelu", 1, 1, 0), "ffn_hidden_size is 0 but must be at least 1."),

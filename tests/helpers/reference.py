@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -66,14 +67,27 @@ def parameters(layer: MoELayer) -> dict[str, Tensor]:
     return {name: p.detach().double().clone().requires_grad_() for name, p in layer.named_parameters()}
 
 
-def expert(p: Mapping[str, Tensor], slot: int, h: Tensor) -> Tensor:
-    """One expert [D] of one token h [D]: SwiGLU where there is a w3, else GELU."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+}
+ACTIVATION_OF = {
+    "swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh",
+    "gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+"""The activation of every kind of expert."""
+
+
+def expert(p: Mapping[str, Tensor], slot: int, h: Tensor, kind: str | None = None) -> Tensor:
+    """One expert [D] of one token h [D]; of kind None SwiGLU where there is a w3, else GELU."""
     w1, w2 = p["experts.w1"][slot], p["experts.w2"][slot]
-    if "experts.w3" in p:
-        gate, up = w1 @ h, p["experts.w3"][slot] @ h
-        return w2 @ (gate / (1 + torch.exp(-gate)) * up)
-    inner = w1 @ h + p["experts.b1"][slot]
-    return w2 @ (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) + p["experts.b2"][slot]
+    is_gated = "experts.w3" in p
+    activation = ACTIVATIONS[ACTIVATION_OF[kind or ("swiglu" if is_gated else "gelu")]]
+    if is_gated:
+        return w2 @ (activation(w1 @ h) * (p["experts.w3"][slot] @ h))
+    return w2 @ activation(w1 @ h + p["experts.b1"][slot]) + p["experts.b2"][slot]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from dynmoe_kernels.jit import (
     sum_rows,
     sum_slots,
     top_any_gates,
+    weighted_activation,
     weighted_bias,
-    weighted_gelu,
-    weighted_swiglu,
+    weighted_gated,
 )
 from dynmoe_kernels.jit.launch import along_a_row
 from dynmoe_kernels.jit.slot import slot_block
@@ -56,10 +56,10 @@ def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Buil
         build(plan.plan_fill_kernel, **of_plan, BLOCK_UNUSED=plan.UNUSED_PER_BLOCK),
         row_wise(gather_rows.gather_rows_kernel),
         row_wise(sum_rows.sum_rows_kernel),
-        row_wise(weighted_swiglu.weighted_swiglu_kernel),
-        row_wise(weighted_swiglu.weighted_swiglu_backward_kernel, WITH_PRODUCT=True),
-        row_wise(weighted_gelu.weighted_gelu_kernel),
-        row_wise(weighted_gelu.weighted_gelu_backward_kernel, WITH_PRODUCT=True),
+        row_wise(weighted_gated.weighted_gated_kernel, ACTIVATION="silu"),
+        row_wise(weighted_gated.weighted_gated_backward_kernel, ACTIVATION="silu", WITH_PRODUCT=True),
+        row_wise(weighted_activation.weighted_activation_kernel, ACTIVATION="gelu"),
+        row_wise(weighted_activation.weighted_activation_backward_kernel, ACTIVATION="gelu", WITH_PRODUCT=True),
         row_wise(weighted_bias.add_weighted_bias_kernel),
         row_wise(weighted_bias.weighted_bias_grad_weights_kernel),
         build(sum_slots.sum_slots_kernel, HAS_WEIGHTS=True, **sum_slots.SUM_SLOTS_BLOCKS),

@@ -7,7 +7,6 @@ interpreter, and on the kernels on a GPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,10 @@ from dynmoe_kernels.plan import PlanIndices, plan_torch
 from dynmoe_kernels.sum_rows import sum_rows_torch
 from dynmoe_kernels.sum_slots import sum_slots_torch
 from dynmoe_kernels.top_any_gates import cosine_scores_backward_torch, top_any_gates_torch
+from dynmoe_kernels.weighted_activation import weighted_activation_backward_torch, weighted_activation_torch
 from dynmoe_kernels.weighted_bias import add_weighted_bias_backward_torch, add_weighted_bias_torch
-from dynmoe_kernels.weighted_gelu import weighted_gelu_backward_torch, weighted_gelu_torch
-from dynmoe_kernels.weighted_swiglu import weighted_swiglu_backward_torch, weighted_swiglu_torch
+from dynmoe_kernels.weighted_gated import weighted_gated_backward_torch, weighted_gated_torch
+from tests.helpers.reference import ACTIVATIONS
 
 LAST_PLACE = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """A unit in the last place, relative: what one rounding may cost. Triton's interpreter truncates bfloat16."""
@@ -203,30 +203,38 @@ def by_autograd(formula: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -
     return [out.detach(), *torch.autograd.grad(out, wide, grad.cpu().double())]
 
 
-def check_swiglu(device: str, dtype: torch.dtype, num_rows: int, width: int, is_transposed: bool) -> None:
+def check_gated(
+    device: str, dtype: torch.dtype, activation: kernels.Activation, num_rows: int, width: int, is_transposed: bool
+) -> None:
     draw = Draw(device, dtype, is_transposed=is_transposed)
     gate, up, grad = 3 * draw(num_rows, width), draw(num_rows, width), draw(num_rows, width)
     weights = draw.weights(num_rows)
     product, grad_gate, grad_up, grad_weights = by_autograd(
-        lambda a, b, w: a / (1 + (-a).exp()) * b * w[:, None], grad, gate, up, weights
+        lambda a, b, w: ACTIVATIONS[activation](a) * b * w[:, None], grad, gate, up, weights
     )
-    got = kernels.weighted_swiglu(gate, up, weights)
-    assert_rounded_once(got, product, "weighted_swiglu")
-    assert_like([got], [weighted_swiglu_torch(gate, up, weights)], "weighted_swiglu and its twin")
+    got = kernels.weighted_gated(gate, up, weights, activation)
+    assert_rounded_once(got, product, "weighted_gated")
+    assert_like([got], [weighted_gated_torch(gate, up, weights, activation)], "weighted_gated and its twin")
     for with_product in (True, False):
-        arguments: tuple[Any, ...] = (grad, gate, up, weights)
-        backward = kernels.weighted_swiglu_backward(*arguments, with_product=with_product)
+        arguments: tuple[Any, ...] = (grad, gate, up, weights, activation)
+        backward = kernels.weighted_gated_backward(*arguments, with_product=with_product)
         expected = {"grad_gate": grad_gate, "grad_up": grad_up, "grad_weights": grad_weights, "product": product}
         for one, (name, other) in zip(backward, expected.items(), strict=True):
             if one is not None:
                 assert_rounded_once(one, other, name)
-        twin = weighted_swiglu_backward_torch(*arguments, with_product=with_product)
-        assert_like(backward, twin, "weighted_swiglu_backward and its twin")
+        twin = weighted_gated_backward_torch(*arguments, with_product=with_product)
+        assert_like(backward, twin, "weighted_gated_backward and its twin")
         assert (backward[3] is not None) == with_product
 
 
-def check_gelu(
-    device: str, dtype: torch.dtype, rows_per_slot: Sequence[int], spare: int, width: int, is_transposed: bool
+def check_activation(
+    device: str,
+    dtype: torch.dtype,
+    activation: kernels.Activation,
+    rows_per_slot: Sequence[int],
+    spare: int,
+    width: int,
+    is_transposed: bool,
 ) -> None:
     num_rows = sum(rows_per_slot) + spare
     draw = Draw(device, dtype, is_transposed=is_transposed)
@@ -235,22 +243,22 @@ def check_gelu(
     slots = slots_of(rows_per_slot, num_rows)
 
     def formula(pre: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
-        x = pre + bias[slots]
-        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2))) * weights[:, None]
+        return ACTIVATIONS[activation](pre + bias[slots]) * weights[:, None]
 
     product, grad_pre, grad_bias, grad_weights = by_autograd(formula, grad, pre, bias, weights)
-    got = kernels.weighted_gelu(pre, bias, weights, ends)
-    assert_rounded_once(got, product, "weighted_gelu")
-    assert_like([got], [weighted_gelu_torch(pre, bias, weights, ends)], "weighted_gelu and its twin")
+    got = kernels.weighted_activation(pre, bias, weights, ends, activation)
+    assert_rounded_once(got, product, "weighted_activation")
+    twin = weighted_activation_torch(pre, bias, weights, ends, activation)
+    assert_like([got], [twin], "weighted_activation and its twin")
     for with_product in (True, False):
-        arguments: tuple[Any, ...] = (grad, pre, bias, weights, ends)
-        backward = kernels.weighted_gelu_backward(*arguments, with_product=with_product)
+        arguments: tuple[Any, ...] = (grad, pre, bias, weights, ends, activation)
+        backward = kernels.weighted_activation_backward(*arguments, with_product=with_product)
         assert_rounded_once(backward[0], grad_pre, "grad_pre")
         assert_rounded_once(backward[1], grad_weights, "grad_weights")
         if backward[2] is not None:
             assert_rounded_once(backward[2], product, "product")
-        twin = weighted_gelu_backward_torch(*arguments, with_product=with_product)
-        assert_like(backward, twin, "weighted_gelu_backward and its twin")
+        twin = weighted_activation_backward_torch(*arguments, with_product=with_product)
+        assert_like(backward, twin, "weighted_activation_backward and its twin")
         assert (backward[2] is not None) == with_product
     if not spare and dtype in (torch.float32, torch.float64):
         assert_rounded_once(kernels.sum_slots(backward[0], ends), grad_bias, "grad_bias")
@@ -396,8 +404,13 @@ def _cases_of(dtype: torch.dtype) -> Iterator[Case]:
             yield case(check, mask=MASKS[3], width=width, spare=spare, is_transposed=is_transposed)
     yield case(check_sum_of_many_ones)
     for num_rows, width, is_transposed in ((0, 8, False), (1, 1, False), (7, 33, True), (3, 2100, False)):
-        yield case(check_swiglu, num_rows=num_rows, width=width, is_transposed=is_transposed)
-    for check in (check_gelu, check_sum_slots, check_weighted_bias):
+        sizes = {"num_rows": num_rows, "width": width, "is_transposed": is_transposed}
+        yield case(check_gated, activation="silu", **sizes)
+    for activation in kernels.ACTIVATIONS:
+        yield case(check_gated, activation=activation, num_rows=6, width=20, is_transposed=False)
+        sizes = {"rows_per_slot": [3, 0, 2], "spare": 0, "width": 20, "is_transposed": False}
+        yield case(check_activation, activation=activation, **sizes)
+    for check, more in ((check_activation, {"activation": "gelu"}), (check_sum_slots, {}), (check_weighted_bias, {})):
         for rows_per_slot, spare, width, is_transposed in (
             ([0, 0], 0, 8, False),
             ([5], 0, 1, False),
@@ -407,7 +420,8 @@ def _cases_of(dtype: torch.dtype) -> Iterator[Case]:
             ([0] * 20 + [2] + [0] * 12, 0, 5, False),
             ([34, 2], 0, 3, False),
         ):
-            yield case(check, rows_per_slot=rows_per_slot, spare=spare, width=width, is_transposed=is_transposed)
+            sizes = {"spare": spare, "width": width, "is_transposed": is_transposed}
+            yield case(check, **more, rows_per_slot=rows_per_slot, **sizes)
     for num_tokens, width, num_slots, is_transposed in (
         (0, 8, 3, False),
         (1, 16, 1, False),

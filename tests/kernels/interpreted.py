@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dynmoe_ds as dm
-from dynmoe_ds.experts.swiglu import SwiGLUExperts, SwiGLUOfAllSlots
+from dynmoe_ds.experts.gated import GatedExperts, GatedOfAllSlots
 from dynmoe_kernels import forced_kernels
 from tests.helpers.reference import assert_near, randomise
 from tests.kernels.cases import LAYERS, Case, kernel_cases
@@ -23,11 +23,11 @@ def test_a_kernel(case: Case) -> None:
 def test_a_layer_through_the_kernels(expert: str, static_shapes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that the kernels do between a layer's input and its gradients, as the twins do it."""
 
-    def all_slots(experts: SwiGLUExperts, rows: Tensor, weights: Tensor, rows_per_slot: Tensor) -> Tensor:
+    def all_slots(experts: GatedExperts, rows: Tensor, weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return SwiGLUOfAllSlots.apply(rows, weights, slot_ends, experts.w1, experts.w3, experts.w2)
+        return GatedOfAllSlots.apply(rows, weights, slot_ends, experts.w1, experts.w3, experts.w2)
 
-    monkeypatch.setattr(SwiGLUExperts, "forward", all_slots)  # as on a GPU, where the kernels belong
+    monkeypatch.setattr(GatedExperts, "forward", all_slots)  # as on a GPU, where the kernels belong
     dispatch = dm.DispatchConfig(static_shapes=static_shapes)
     layer = dm.MoELayer(
         hidden_size=16, ffn_hidden_size=24, num_experts=3, num_slots=4, expert=expert, seed=0, dispatch=dispatch

@@ -25,10 +25,10 @@ MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen
 LOADS_AND_STORES = (
     "gather_rows_kernel",
     "sum_rows_kernel",
-    "weighted_swiglu_kernel",
-    "weighted_swiglu_backward_kernel",
-    "weighted_gelu_kernel",
-    "weighted_gelu_backward_kernel",
+    "weighted_gated_kernel",
+    "weighted_gated_backward_kernel",
+    "weighted_activation_kernel",
+    "weighted_activation_backward_kernel",
     "add_weighted_bias_kernel",
 )
 LOADS = ("weighted_bias_grad_weights_kernel", "sum_slots_kernel")
@@ -98,8 +98,8 @@ def test_a_kernel_fits_with_few_and_with_many_slots(kernel: str, num_slots: int)
 @pytest.mark.parametrize(
     ("kernel", "flag", "absent"),
     [
-        ("weighted_swiglu_backward_kernel", "WITH_PRODUCT", "product"),
-        ("weighted_gelu_backward_kernel", "WITH_PRODUCT", "product"),
+        ("weighted_gated_backward_kernel", "WITH_PRODUCT", "product"),
+        ("weighted_activation_backward_kernel", "WITH_PRODUCT", "product"),
         ("sum_slots_kernel", "HAS_WEIGHTS", "row_weights"),
     ],
 )
@@ -107,6 +107,13 @@ def test_a_kernel_fits_without_what_is_optional(kernel: str, flag: str, absent: 
     build = builds(TARGETS["sm_90"], "bf16")[kernel]
     types = {name: kind for name, kind in build.types.items() if name != absent}
     fit(kernel, "bf16", "sm_90", types=types, constants={**build.constants, flag: False, absent: None})
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("kernel", ["weighted_gated_backward_kernel", "weighted_activation_backward_kernel"])
+def test_a_kernel_fits_with_every_activation(kernel: str, activation: str) -> None:
+    build = builds(TARGETS["sm_80"], "bf16")[kernel]
+    fit(kernel, "bf16", "sm_80", constants={**build.constants, "ACTIVATION": activation})
 
 
 def test_every_kernel_is_built() -> None:

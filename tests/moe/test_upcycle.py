@@ -14,17 +14,31 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     DeiTConfig,
     DeiTForImageClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
+    StableLmConfig,
+    StableLmForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -60,19 +74,67 @@ def deit() -> DeiTForImageClassification:
     return DeiTForImageClassification(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES))
 
 
+def mistral() -> MistralForCausalLM:
+    return MistralForCausalLM(MistralConfig(vocab_size=11, num_key_value_heads=2, **SIZES))
+
+
+def qwen2() -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=11, num_key_value_heads=2, **SIZES))
+
+
+def stablelm() -> StableLmForCausalLM:
+    return StableLmForCausalLM(StableLmConfig(vocab_size=11, num_key_value_heads=2, **SIZES))
+
+
+def gemma() -> GemmaForCausalLM:
+    return GemmaForCausalLM(GemmaConfig(vocab_size=11, num_key_value_heads=2, head_dim=8, **SIZES))
+
+
+def phi() -> PhiForCausalLM:
+    return PhiForCausalLM(PhiConfig(vocab_size=11, **SIZES))
+
+
+def siglip() -> SiglipVisionModel:
+    return SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SIZES))
+
+
+def clip_vision() -> CLIPVisionModel:
+    return CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **SIZES))
+
+
+def clip_text() -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(vocab_size=11, eos_token_id=1, **SIZES))
+
+
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "stablelm": stablelm,
+    "gemma": gemma,
+    "phi": phi,
+    "clip_vision": clip_vision,
+    "clip_text": clip_text,
+    "siglip": siglip,
     "bert": bert,
     "roberta": roberta,
     "vit": vit,
     "deit": deit,
 }
 PATHS = {
-    "llama": "model.layers.{}.mlp",
+    **dict.fromkeys(("llama", "mistral", "qwen2", "stablelm", "gemma", "phi"), "model.layers.{}.mlp"),
+    **dict.fromkeys(("clip_vision", "clip_text", "siglip"), "encoder.layers.{}.mlp"),
     "bert": "bert.encoder.layer.{}.intermediate",
     "roberta": "roberta.encoder.layer.{}.intermediate",
     "vit": "vit.layers.{}.mlp",
     "deit": "deit.layers.{}.mlp",
+}
+KINDS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "stablelm"), "swiglu"),
+    "gemma": "geglu_tanh",
+    **dict.fromkeys(("phi", "siglip"), "gelu_tanh"),
+    **dict.fromkeys(("clip_vision", "clip_text"), "quick_gelu"),
+    **dict.fromkeys(("bert", "roberta", "vit", "deit"), "gelu"),
 }
 
 
@@ -112,8 +174,9 @@ def test_the_upcycled_model_computes_what_the_dense_model_computed(name):
     with dm.StepLedger() as ledger:
         model.train()
         model(**batch)
-    assert all(1 < record.mean_k < 3 for record in ledger.records().values()), "routing must differ between tokens"
-    want, got = dense(**batch).logits, model.eval()(**batch).logits
+    assert any(1 < record.mean_k < 3 for record in ledger.records().values()), "routing must differ between tokens"
+    assert {model.get_submodule(path).expert_kind for path in layer_names(model)} == {KINDS[name]}
+    want, got = dense(**batch)[0], model.eval()(**batch)[0]  # logits, or the last hidden states
     assert want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -124,16 +187,18 @@ def test_every_expert_is_a_copy_and_nothing_else_changes(name):
     model = dm.upcycle(deepcopy(dense), layers=[1], num_experts=3, num_slots=5, seed=0)
     (path,) = layer_names(model)
     layer = model.get_submodule(path)
-    linears = {
-        "llama": {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"},
-        "vit": {"w1": "mlp.fc1", "w2": "mlp.fc2"},
-        "bert": {"w1": "intermediate.dense", "w2": "output.dense"},
-    }[{"roberta": "bert", "deit": "vit"}.get(name, name)]
+    is_gated = "glu" in KINDS[name]
+    if is_gated:
+        linears = {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"}
+    elif path.endswith("intermediate"):
+        linears = {"w1": "intermediate.dense", "w2": "output.dense"}
+    else:
+        linears = {"w1": "mlp.fc1", "w2": "mlp.fc2"}
     parent = path.rpartition("1.")[0] + "1."
     copied = {}
     for weight, linear in linears.items():
         copied[weight] = dense.get_parameter(f"{parent}{linear}.weight")
-        if name != "llama":
+        if not is_gated:
             copied[weight.replace("w", "b")] = dense.get_parameter(f"{parent}{linear}.bias")
     assert set(copied) == {key for key, _ in layer.experts.named_parameters()}
     for key, value in copied.items():
@@ -180,6 +245,8 @@ def test_padding_reaches_the_layers_of_an_encoder():
         ("even", [0, 2]),
         ("odd", [1, 3]),
         ("all", [0, 1, 2, 3]),
+        ("first_half", [0, 1]),
+        ("second_half", [2, 3]),
         ([3, 1], [1, 3]),
         ([-1], [3]),
         ((-2, 0), [0, 2]),
@@ -230,16 +297,39 @@ def test_noise_is_a_fraction_of_the_copied_tensor_s_spread():
     assert not torch.equal(noise[0], noise[1])
 
 
-def siglip() -> SiglipVisionModel:
-    return SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **SIZES))
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_finer_experts_that_all_have_the_same_weight_compute_what_the_dense_model_computed(name):
+    dense = make(name).double()
+    router = dm.TopKConfig(k=4)  # of 4, with the weights of a softmax
+    model = dm.upcycle(deepcopy(dense), layers="all", num_experts=4, num_slots=6, router=router, seed=0, parts=2)
+    for path in layer_names(model):
+        layer = model.get_submodule(path)
+        layer.router.weight.zero_()
+        assert layer.ffn_hidden_size == F // 2
+        first, second, *again = (layer.experts.w1[slot] for slot in layer.placement.slots_by_id.values())
+        assert not torch.equal(first, second) and all(map(torch.equal, again, (first, second)))
+    batch = inputs(dense)
+    torch.testing.assert_close(model(**batch)[0], dense(**batch)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "kind"), [("gelu_new", "gelu_tanh"), ("quick_gelu", "quick_gelu")])
+def test_the_activation_decides_the_kind_of_expert(activation, kind):
+    for model in (vit(hidden_act=activation), bert(hidden_act=activation)):
+        assert model.get_submodule(layer_names(dm.upcycle(model, layers=[1]))[0]).expert_kind == kind
+    gated = llama(hidden_act="gelu")
+    assert dm.upcycle(gated, layers=[1]).model.layers[1].mlp.expert_kind == "geglu"
 
 
 REFUSED = {
-    "tanh gelu": (lambda: vit(hidden_act="gelu_pytorch_tanh"), {}, "something else than a gelu expert.*GELUTanh"),
-    "gelu_new": (lambda: bert(hidden_act="gelu_new"), {}, "something else than a gelu expert.*NewGELUActivation"),
-    "quick gelu": (lambda: vit(hidden_act="quick_gelu"), {}, "QuickGELUActivation"),
-    "relu": (lambda: bert(hidden_act="relu"), {}, r"layer\.0 computes something else than a gelu expert.*ReLU"),
-    "gated gelu": (lambda: llama(hidden_act="gelu"), {}, "something else than a swiglu expert.*GELUActivation"),
+    "relu": (
+        lambda: bert(hidden_act="relu"),
+        {},
+        r"layer\.0 computes something else than any.*quick_gelu.*ReLU",
+    ),
+    "gated relu": (lambda: llama(hidden_act="relu"), {}, "something else than any expert.*swiglu, .*has ReLU"),
+    "parts of experts": (vit, {"num_experts": 4, "parts": 3}, r"parts is 3 but .* divide num_experts \(4\)"),
+    "parts of units": (vit, {"num_experts": 7, "parts": 7}, r"divide the hidden units of vit\.layers\.0\.mlp, 24"),
     "bias": (lambda: llama(mlp_bias=True), {}, "mlp has biases in down_proj, gate_proj, up_proj, unlike a swiglu"),
     "chunks": (lambda: bert(chunk_size_feed_forward=2), {}, "Set chunk_size_feed_forward to 0"),
     "no FFN": (lambda: nn.Sequential(nn.Linear(3, 3)), {}, "Sequential has no feed-forward network of a known form"),
@@ -253,7 +343,7 @@ REFUSED = {
     "out of range": (vit, {"layers": [1, 4, -5]}, r"layers names 4, -5, but .* are 0, 1, 2, 3 \(or -1 for 3"),
     "no layer": (vit, {"layers": []}, "is no layer"),
     "a layer twice": (vit, {"layers": [3, -1]}, "is a layer twice"),
-    "a word": (vit, {"layers": "last"}, "layers is 'last'. Use all, even, odd or a list"),
+    "a word": (vit, {"layers": "last"}, "layers is 'last'. Use all, even, odd, first_half, second_half or a list"),
     "noise": (vit, {"noise": -0.1}, "noise is -0.1 but must not be negative"),
     "sizes": (vit, {"num_experts": 9}, "num_experts is 9 but must be between 1 and num_slots"),
     "ranks": (vit, {"ep_size": 2}, "ep_size is 2 but there is one data-parallel rank"),

@@ -1,4 +1,4 @@
-"""`silu(gate) * up * weight` and its backward pass, each reading every element once."""
+"""`activation(gate) * up * weight` and its backward pass, each reading every element once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import Activation
+from .activation import activation_share, activation_slope
 from .launch import along_a_row, check_shapes, launch, warp_size
 
 
 @triton.jit
-def weighted_swiglu_kernel(gate, up, row_weights, product, F, BLOCK_F: tl.constexpr):
+def weighted_gated_kernel(gate, up, row_weights, product, F, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr):
     """gate, up, product [N, F], row_weights [N]. Grid: rows, blocks of columns."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -19,11 +21,12 @@ def weighted_swiglu_kernel(gate, up, row_weights, product, F, BLOCK_F: tl.conste
     a = tl.load(gate + cells, mask=f < F, other=0).to(tl.float32)
     b = tl.load(up + cells, mask=f < F, other=0).to(tl.float32)
     weight = tl.load(row_weights + row).to(tl.float32)
-    tl.store(product + cells, (a * tl.sigmoid(a) * b * weight).to(product.dtype.element_ty), mask=f < F)
+    activated = a * activation_share(a, ACTIVATION)
+    tl.store(product + cells, (activated * b * weight).to(product.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
-def weighted_swiglu_backward_kernel(
+def weighted_gated_backward_kernel(
     grad,
     gate,
     up,
@@ -33,6 +36,7 @@ def weighted_swiglu_backward_kernel(
     grad_weights,
     product,
     F,
+    ACTIVATION: tl.constexpr,
     WITH_PRODUCT: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -46,19 +50,19 @@ def weighted_swiglu_backward_kernel(
         g = tl.load(grad + cells, mask=f < F, other=0).to(tl.float32)
         a = tl.load(gate + cells, mask=f < F, other=0).to(tl.float32)
         b = tl.load(up + cells, mask=f < F, other=0).to(tl.float32)
-        sigmoid = tl.sigmoid(a)
-        silu = a * sigmoid
-        total += g * silu * b
+        share = activation_share(a, ACTIVATION)
+        activated = a * share
+        total += g * activated * b
         weighted = g * weight
-        slope = sigmoid * (1 + a * (1 - sigmoid))
+        slope = activation_slope(a, share, ACTIVATION)
         tl.store(grad_gate + cells, (weighted * b * slope).to(grad_gate.dtype.element_ty), mask=f < F)
-        tl.store(grad_up + cells, (weighted * silu).to(grad_up.dtype.element_ty), mask=f < F)
+        tl.store(grad_up + cells, (weighted * activated).to(grad_up.dtype.element_ty), mask=f < F)
         if WITH_PRODUCT:
-            tl.store(product + cells, (silu * b * weight).to(product.dtype.element_ty), mask=f < F)
+            tl.store(product + cells, (activated * b * weight).to(product.dtype.element_ty), mask=f < F)
     tl.store(grad_weights + row, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
 
 
-def launch_weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor) -> Tensor:
+def launch_weighted_gated(gate: Tensor, up: Tensor, row_weights: Tensor, activation: Activation) -> Tensor:
     """The weighted product [N, F]."""
     N, F = gate.shape
     check_shapes(up=(up, (N, F)), row_weights=(row_weights, (N,)))
@@ -66,12 +70,13 @@ def launch_weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor) -> Ten
     block, warps = along_a_row(F, gate.element_size(), warp_size())
     arguments = (gate.contiguous(), up.contiguous(), row_weights.contiguous(), product, F)
     grid = (N, triton.cdiv(F, block))
-    launch(weighted_swiglu_kernel, grid, gate.device, *arguments, BLOCK_F=block, num_warps=warps)
+    constants = {"ACTIVATION": activation, "BLOCK_F": block, "num_warps": warps}
+    launch(weighted_gated_kernel, grid, gate.device, *arguments, **constants)
     return product
 
 
-def launch_weighted_swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor, with_product: bool
+def launch_weighted_gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor, activation: Activation, with_product: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of gate, up [N, F] and of the weights [N], and the weighted product [N, F] or None."""
     N, F = gate.shape
@@ -81,7 +86,7 @@ def launch_weighted_swiglu_backward(
     grad_weights = torch.empty((N,), dtype=row_weights.dtype, device=gate.device)
     block, warps = along_a_row(F, gate.element_size(), warp_size())
     launch(
-        weighted_swiglu_backward_kernel,
+        weighted_gated_backward_kernel,
         (N,),
         gate.device,
         grad.contiguous(),
@@ -93,6 +98,7 @@ def launch_weighted_swiglu_backward(
         grad_weights,
         product,
         F,
+        ACTIVATION=activation,
         WITH_PRODUCT=with_product,
         BLOCK_F=block,
         num_warps=warps,

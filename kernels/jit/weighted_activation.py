@@ -1,4 +1,4 @@
-"""`gelu(pre + bias) * weight` and its backward pass, each reading every element once."""
+"""`activation(pre + bias) * weight` and its backward pass, each reading every element once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import Activation
+from .activation import activation_share, activation_slope
 from .launch import along_a_row, check_shapes, launch, warp_size
 from .slot import slot_block, slot_of_row
 
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_NORMAL_PEAK = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
-
 
 @triton.jit
-def weighted_gelu_kernel(
-    pre, bias, row_weights, slot_ends, product, F, S, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr
+def weighted_activation_kernel(
+    pre,
+    bias,
+    row_weights,
+    slot_ends,
+    product,
+    F,
+    S,
+    ACTIVATION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
     """pre, product [N, F], bias [S, F], row_weights [N], slot_ends [S]. Grid: rows, blocks of columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -24,13 +32,13 @@ def weighted_gelu_kernel(
     slot = slot_of_row(row, slot_ends, S, BLOCK_S)
     x = tl.load(pre + row * F + f, mask=f < F, other=0).to(tl.float32)
     x += tl.load(bias + slot * F + f, mask=f < F, other=0).to(tl.float32)
-    share = 0.5 * (1 + tl.erf(x * _SQRT_HALF))
+    share = activation_share(x, ACTIVATION)
     weight = tl.load(row_weights + row).to(tl.float32)
     tl.store(product + row * F + f, (x * share * weight).to(product.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
-def weighted_gelu_backward_kernel(
+def weighted_activation_backward_kernel(
     grad,
     pre,
     bias,
@@ -41,6 +49,7 @@ def weighted_gelu_backward_kernel(
     product,
     F,
     S,
+    ACTIVATION: tl.constexpr,
     WITH_PRODUCT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -55,8 +64,8 @@ def weighted_gelu_backward_kernel(
         g = tl.load(grad + row * F + f, mask=f < F, other=0).to(tl.float32)
         x = tl.load(pre + row * F + f, mask=f < F, other=0).to(tl.float32)
         x += tl.load(bias + slot * F + f, mask=f < F, other=0).to(tl.float32)
-        share = 0.5 * (1 + tl.erf(x * _SQRT_HALF))
-        slope = share + x * _NORMAL_PEAK * tl.exp(-0.5 * x * x)
+        share = activation_share(x, ACTIVATION)
+        slope = activation_slope(x, share, ACTIVATION)
         total += g * x * share
         tl.store(grad_pre + row * F + f, (g * weight * slope).to(grad_pre.dtype.element_ty), mask=f < F)
         if WITH_PRODUCT:
@@ -64,20 +73,28 @@ def weighted_gelu_backward_kernel(
     tl.store(grad_weights + row, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
 
 
-def launch_weighted_gelu(pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor) -> Tensor:
+def launch_weighted_activation(
+    pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, activation: Activation
+) -> Tensor:
     """The weighted product [N, F]."""
     (N, F), S = pre.shape, len(slot_ends)
     check_shapes(bias=(bias, (S, F)), row_weights=(row_weights, (N,)))
     product = torch.empty((N, F), dtype=pre.dtype, device=pre.device)
     block, warps = along_a_row(F, pre.element_size(), warp_size())
     arguments = (pre.contiguous(), bias.contiguous(), row_weights.contiguous(), slot_ends, product, F, S)
-    blocks = {"BLOCK_S": slot_block(S), "BLOCK_F": block}
-    launch(weighted_gelu_kernel, (N, triton.cdiv(F, block)), pre.device, *arguments, **blocks, num_warps=warps)
+    blocks = {"ACTIVATION": activation, "BLOCK_S": slot_block(S), "BLOCK_F": block}
+    launch(weighted_activation_kernel, (N, triton.cdiv(F, block)), pre.device, *arguments, **blocks, num_warps=warps)
     return product
 
 
-def launch_weighted_gelu_backward(
-    grad: Tensor, pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, with_product: bool
+def launch_weighted_activation_backward(
+    grad: Tensor,
+    pre: Tensor,
+    bias: Tensor,
+    row_weights: Tensor,
+    slot_ends: Tensor,
+    activation: Activation,
+    with_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of pre [N, F] and of the weights [N], and the weighted product [N, F] or None."""
     (N, F), S = pre.shape, len(slot_ends)
@@ -87,7 +104,7 @@ def launch_weighted_gelu_backward(
     grad_weights = torch.empty((N,), dtype=row_weights.dtype, device=pre.device)
     block, warps = along_a_row(F, pre.element_size(), warp_size())
     launch(
-        weighted_gelu_backward_kernel,
+        weighted_activation_backward_kernel,
         (N,),
         pre.device,
         grad.contiguous(),
@@ -100,6 +117,7 @@ def launch_weighted_gelu_backward(
         product,
         F,
         S,
+        ACTIVATION=activation,
         WITH_PRODUCT=with_product,
         BLOCK_S=slot_block(S),
         BLOCK_F=block,

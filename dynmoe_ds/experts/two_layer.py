@@ -1,4 +1,4 @@
-"""GELU experts: `w2 gelu(w1 x + b1) + b2`, as in BERT, ViT and GPT-2."""
+"""Experts of two layers: `w2 activation(w1 x + b1) + b2`, as in BERT and ViT (GELU), Phi and SigLIP, and CLIP."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dynmoe_ds.experts.all_slots import GELUOfAllSlots
+from dynmoe_ds.experts.all_slots import TwoLayersOfAllSlots
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
 from dynmoe_ds.experts.host_memory import keep_large_blocks
+from dynmoe_kernels import Activation
 
 
-class GELUExperts(Experts):
-    """w1 [s, F, D], b1 [s, F], w2 [s, D, F], b2 [s, D]; the exact GELU (erf)."""
+class TwoLayerExperts(Experts):
+    """w1 [s, F, D], b1 [s, F], w2 [s, D, F], b2 [s, D]."""
 
     unit_dims: ClassVar[Mapping[str, int]] = {"w1": 1, "b1": 1, "w2": 2}
 
-    def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> None:
+    def __init__(
+        self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
+        self.activation = activation
         check_sizes(num_local_slots, hidden_size, ffn_hidden_size)
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.w1 = nn.Parameter(torch.zeros(num_local_slots, ffn_hidden_size, hidden_size))
@@ -31,7 +35,8 @@ class GELUExperts(Experts):
         if rows.device.type == "cpu":
             keep_large_blocks()
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return GELUOfAllSlots.apply(rows, row_weights, slot_ends, self.w1, self.b1, self.w2, self.b2)
+        parameters = (self.w1, self.b1, self.w2, self.b2)
+        return TwoLayersOfAllSlots.apply(rows, row_weights, slot_ends, *parameters, self.activation)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
         D, F_ = self.hidden_size, self.ffn_hidden_size

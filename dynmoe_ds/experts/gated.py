@@ -1,4 +1,4 @@
-"""SwiGLU experts: `w2 (silu(w1 x) * (w3 x))`, as in Llama and Mixtral."""
+"""Gated experts: `w2 (activation(w1 x) * (w3 x))`, as in Llama and Mixtral (SwiGLU) and in Gemma (GEGLU)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dynmoe_ds.experts.all_slots import SwiGLUOfAllSlots
+from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
 from dynmoe_ds.experts.host_memory import keep_large_blocks
 from dynmoe_ds.experts.slot_by_slot import SlotBySlot, slot_by_slot
+from dynmoe_kernels import Activation
 
 
-class SwiGLUExperts(Experts):
+class GatedExperts(Experts):
     """w1 [s, F, D] (gate), w3 [s, F, D] (up), w2 [s, D, F] (down)."""
 
     unit_dims: ClassVar[Mapping[str, int]] = {"w1": 1, "w3": 1, "w2": 2}
 
-    def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> None:
+    def __init__(
+        self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int, activation: Activation = "silu"
+    ) -> None:
         super().__init__()
+        self.activation = activation
         check_sizes(num_local_slots, hidden_size, ffn_hidden_size)
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.w1 = nn.Parameter(torch.zeros(num_local_slots, ffn_hidden_size, hidden_size))
@@ -30,10 +34,11 @@ class SwiGLUExperts(Experts):
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         if rows.device.type == "cpu":
             keep_large_blocks()
-            arguments = (rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
-            return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
+            if self.activation == "silu":
+                arguments = (rows, row_weights, rows_per_slot.tolist(), self.w1, self.w3, self.w2)
+                return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return SwiGLUOfAllSlots.apply(rows, row_weights, slot_ends, self.w1, self.w3, self.w2)
+        return GatedOfAllSlots.apply(rows, row_weights, slot_ends, self.w1, self.w3, self.w2, self.activation)
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
         width, inner = self.hidden_size, self.ffn_hidden_size
