@@ -15,6 +15,7 @@ from .top_any_gates import cosine_scores_backward, top_any_gates
 from .weighted_activation import weighted_activation, weighted_activation_backward
 from .weighted_bias import add_weighted_bias, add_weighted_bias_backward
 from .weighted_gated import weighted_gated, weighted_gated_backward
+from .weighted_swiglu_into import weighted_swiglu_backward_into, weighted_swiglu_into
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,4 +38,6 @@ __all__ = [
     "weighted_activation_backward",
     "weighted_gated",
     "weighted_gated_backward",
+    "weighted_swiglu_backward_into",
+    "weighted_swiglu_into",
 ]

@@ -40,7 +40,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "doctor",
         help="check that this machine has what a run needs",
         description="Check versions, accelerator, communication backends and left-over locks. Ends with exit code 1 "
-        "when something that a run needs is missing. Nothing is changed.",
+        "when something that a run needs is missing. Compiles the functions for CPUs; nothing else is changed.",
         epilog="example:\n  dynmoe doctor\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     findings = [
         *package_findings(),
         *device_findings(),
+        compiler_finding(),
         *integration_findings(),
         *lock_findings(extensions_folder()),
     ]
@@ -108,6 +109,16 @@ def device_findings() -> Iterator[Finding]:
     has_nccl = distributed.is_available() and distributed.is_nccl_available()
     yield _backend("gloo", has_gloo, "ranks on CPU talk through it", needed=not has_gpu)
     yield _backend("nccl", has_nccl, "ranks on GPUs talk through it", needed=has_gpu)
+
+
+def compiler_finding() -> Finding:
+    """Whether experts on a CPU are computed by functions that are compiled on it."""
+    from dynmoe_kernels.cpu.build import obstacle
+
+    reason = obstacle()
+    if reason is None:
+        return Finding(state="ok", subject="c++ compiler", text="the functions for experts on CPUs are compiled")
+    return Finding(state="note", subject="c++ compiler", text=f"{reason} Experts on CPUs are slower without it.")
 
 
 def _backend(name: str, is_there: bool, use: str, *, needed: bool) -> Finding:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_VALUES_PER_PART = 1 << 16  # in float32 a handful of parts fit into a core's second-level cache
+from dynmoe_kernels import weighted_swiglu_backward_into, weighted_swiglu_into
+
 _CACHE_LINE_BYTES = 64
 
 
@@ -42,25 +40,24 @@ class SlotBySlot(torch.autograd.Function):
             torch.empty_like(t) if want else None for t, want in zip((w1, w3, w2), wants, strict=True)
         )
         buffers = _for_one_slot(3, rows, ctx.rows_per_slot, gate.shape[1])
-        wide = _for_one_part(5, row_weights, ctx.rows_per_slot, gate.shape[1])
-        for e, mine in enumerate(_rows_of_slots(ctx.rows_per_slot)):
-            if mine.start == mine.stop:
+        of_rows = (rows, row_weights, gate, up, grad, grad_weights, grad_rows)
+        slots = zip(*(t.split(ctx.rows_per_slot) for t in of_rows), w1, w3, w2, strict=True)
+        for e, (x, w, a, b, g, gw, gx, w1_e, w3_e, w2_e) in enumerate(slots):
+            if len(x) == 0:
                 for weight_grad in (grad1, grad3, grad2):
                     if weight_grad is not None:
                         weight_grad[e].zero_()
                 continue
-            x, w, a, b, g, gw, gx = (t[mine] for t in (rows, row_weights, gate, up, grad, grad_weights, grad_rows))
             inner, ga, gb = (buffer[: len(x)] for buffer in buffers)
-            torch.mm(g, w2[e], out=gb)
-            for part in _parts(gb, ga, gw, inner, a, b, w):
-                _weighted_swiglu_backward(wide, *part)
+            torch.mm(g, w2_e, out=gb)
+            weighted_swiglu_backward_into(gb, ga, gw, inner, a, b, w)
             if grad2 is not None:
                 torch.mm(_transposed(g), inner, out=grad2[e])
             if grad1 is not None:
                 torch.mm(ga.T, x, out=grad1[e])
             if grad3 is not None:
                 torch.mm(gb.T, x, out=grad3[e])
-            torch.mm(ga, w1[e], out=gx).addmm_(gb, w3[e])
+            torch.mm(ga, w1_e, out=gx).addmm_(gb, w3_e)
         return grad_rows, grad_weights, None, grad1, grad3, grad2
 
 
@@ -78,70 +75,18 @@ def slot_by_slot(
     Touches the weights of those slots alone that have rows.
     """
     out = torch.empty_like(rows)
-    gate, up = kept or _for_one_slot(2, rows, rows_per_slot, w1.shape[1])
-    (inner,) = _for_one_slot(1, rows, rows_per_slot, w1.shape[1])
-    wide = _for_one_part(2, row_weights, rows_per_slot, w1.shape[1])
-    for e, mine in enumerate(_rows_of_slots(rows_per_slot)):
-        if mine.start < mine.stop:
-            x = rows[mine]
-            a, b = (gate[mine], up[mine]) if kept else (gate[: len(x)], up[: len(x)])
-            torch.mm(x, w1[e].T, out=a)
-            torch.mm(x, w3[e].T, out=b)
-            torch.mm(_weighted_swiglu(a, b, row_weights[mine], inner, wide), w2[e].T, out=out[mine])
+    buffers = _for_one_slot(1 if kept else 3, rows, rows_per_slot, w1.shape[1])
+    of_rows = (rows, row_weights, out, *(kept or ()))
+    slots = zip(*(t.split(rows_per_slot) for t in of_rows), strict=True)
+    for (x, w, y, *of_slot), w1_e, w3_e, w2_e in zip(slots, w1, w3, w2, strict=True):
+        if len(x) > 0:
+            product, *own = (buffer[: len(x)] for buffer in buffers)
+            a, b = of_slot or own
+            torch.mm(x, w1_e.T, out=a)
+            torch.mm(x, w3_e.T, out=b)
+            weighted_swiglu_into(product, a, b, w)
+            torch.mm(product, w2_e.T, out=y)
     return out
-
-
-def _weighted_swiglu(gate: Tensor, up: Tensor, row_weights: Tensor, buffer: Tensor, wide: list[Tensor]) -> Tensor:
-    """`silu(gate) * up * w` [n, F] in w's precision, rounded once to gate's; in the first rows of `buffer`."""
-    out = buffer[: len(gate)]
-    for a, b, column, product in _parts(gate, up, row_weights[:, None], out):
-        silu = F.silu(_first_rows(wide[0], a).copy_(a), inplace=True)
-        _store_product(silu.mul_(_widened(b, wide[1])), column, product)
-    return out
-
-
-def _weighted_swiglu_backward(
-    wide: list[Tensor],
-    grad_up: Tensor,
-    grad_gate: Tensor,
-    grad_weights: Tensor,
-    product: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    row_weights: Tensor,
-) -> None:
-    """The gradients of gate, up [n, F] and w [n], and the weighted product itself once more, into the first four
-    tensors, by way of the buffers `wide`.
-
-    On entry `grad_up` holds the gradient of the weighted product.
-    """
-    column = row_weights[:, None]
-    grad, a, b = (_widened(t, buffer) for t, buffer in zip((grad_up, gate, up), wide, strict=False))
-    sigmoid = torch.sigmoid(a, out=_first_rows(wide[3], a))
-    silu = torch.mul(sigmoid, a, out=_first_rows(wide[4], a))
-    plain = torch.mul(silu, b, out=_first_rows(wide[1], a))
-    torch.linalg.vecdot(grad, plain, out=grad_weights)
-    _store_product(plain, column, product)
-    weighted = grad.mul_(column)
-    slope = torch.lerp(silu, silu.new_ones(()), sigmoid, out=sigmoid)  # silu'(a) = silu(a) + σ(a) (1 − silu(a))
-    _store_product(slope.mul_(weighted), b, grad_gate)
-    _store_product(silu, weighted, grad_up)
-
-
-def _rows_of_slots(rows_per_slot: list[int]) -> Iterator[slice]:
-    """Where the rows of each slot are."""
-    ends = accumulate(rows_per_slot)
-    return (slice(end - count, end) for count, end in zip(rows_per_slot, ends, strict=True))
-
-
-def _parts(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`first` [n, F] and the others in parts of so few rows that all that is made of a part stays in the cache."""
-    rows = _rows_per_part(first.shape[1])
-    return zip(*(tensor.split(rows) for tensor in (first, *others)), strict=True)
-
-
-def _rows_per_part(width: int) -> int:
-    return max(torch.get_num_threads() * _VALUES_PER_PART // width, 1)
 
 
 def _for_one_slot(count: int, like: Tensor, rows_per_slot: list[int], width: int) -> list[Tensor]:
@@ -151,28 +96,6 @@ def _for_one_slot(count: int, like: Tensor, rows_per_slot: list[int], width: int
     """
     padded = width + _CACHE_LINE_BYTES // like.element_size()
     return [like.new_empty(max(rows_per_slot), padded)[:, :width] for _ in range(count)]
-
-
-def _for_one_part(count: int, like: Tensor, rows_per_slot: list[int], width: int) -> list[Tensor]:
-    """Buffers [n, width] for a part of the slot of most rows, of like's dtype."""
-    return [like.new_empty(min(_rows_per_part(width), max(rows_per_slot)), width) for _ in range(count)]
-
-
-def _first_rows(buffer: Tensor, like: Tensor) -> Tensor:
-    return buffer if len(buffer) == len(like) else buffer[: len(like)]
-
-
-def _widened(values: Tensor, buffer: Tensor) -> Tensor:
-    """`values` in the precision of `buffer`: themselves, or a copy there."""
-    return values if values.dtype == buffer.dtype else _first_rows(buffer, values).copy_(values)
-
-
-def _store_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`a * b` into `out`; `a` may be overwritten."""
-    if out.dtype == a.dtype:
-        torch.mul(a, b, out=out)
-    else:
-        out.copy_(a.mul_(b))
 
 
 def _transposed(grad: Tensor) -> Tensor:

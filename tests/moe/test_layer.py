@@ -359,7 +359,7 @@ def layer_with(**sizes: object) -> dm.MoELayer:
         ({"ep_size": 2}, "ep_size is 2 but there is one data-parallel rank"),
         ({"hidden_size": 0}, "hidden_size is 0 but must be at least 1."),
         ({"ffn_hidden_size": -1}, "ffn_hidden_size is -1 but must be at least 1."),
-        ({"expert": "relu"}, "There is no expert called 'relu'. Use one of swiglu, gelu."),
+        ({"expert": "relu"}, "There is no expert called 'relu'. Use one of swiglu, geglu, geglu_tanh, gelu, "),
         ({"router": "top_none"}, "There is no router called 'top_none'."),
     ],
 )

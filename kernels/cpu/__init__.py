@@ -1,0 +1,1 @@
+"""Operations in C++ for CPUs, compiled when they are first used."""
