@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
-	@echo "make test       lint, types and all tests (about half an hour on 2 cores)"
-	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (10 minutes)"
+	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
+	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
 setup: $(STAMP)

@@ -346,7 +346,7 @@ def _draw_panels(
     styles = dict(zip(METHODS, (("tab:red", 5), ("tab:orange", 9), ("tab:blue", 4)), strict=True))
     figure, axes = plt.subplots(
         len(kinds), len(sizes), figsize=(3.6 * len(sizes), 2.4 * len(kinds) + 1), squeeze=False, sharex=True,
-        sharey="all" if is_ratio else "row", layout="constrained",
+        sharey=is_ratio, layout="constrained",
     )  # fmt: skip
     for (y, kind), (x, size) in itertools.product(enumerate(kinds), enumerate(sizes)):
         axis = axes[y, x]

@@ -1,6 +1,7 @@
 """What do forward, backward and memory of a `MoELayer` cost beside a dense FFN of equal FLOPs and the layers of others?
 
     python -m benchmarks.layer                                   # the default cells, less than 10 minutes on 2 cores
+    python -m benchmarks.layer --tokens 8192 --without-peers --output docs/results/layer_8192
     python -m benchmarks.layer --experts 16 64 --k 2 4 --routing skewed --dtype bfloat16     # all combinations of these
 
 A cell is a number of experts, a mean k, a routing and a dtype. All candidates of a cell have experts of equal sizes and
@@ -91,7 +92,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     deviations = check_equal_outputs(cell, x[:CHECKED_TOKENS])
     gc.collect()
-    candidates, left_out = build(cell, x)
+    candidates, left_out = build(cell, x, with_peers=not args.without_peers)
     steps = {name: training_step(candidate, x) for name, candidate in candidates.items()}
     times = side_by_side.plain(side_by_side.take_turns(steps, args.rounds))
     rows = {}
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument(
         "--ffn", type=int, default=1024, help="hidden units of an expert; beyond 16 experts less, all together as many"
     )
+    parser.add_argument("--without-peers", action="store_true", help="the dense FFN and ours alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda has not been tried on any GPU")
     args = parser.parse_args()

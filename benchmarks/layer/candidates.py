@@ -98,7 +98,7 @@ class PaddedTopAny(nn.Module):
         return y, torch.stack([weights[name] * value for name, value in routing.aux_losses.items()]).sum()
 
 
-def build(cell: Cell, x: Tensor) -> tuple[dict[str, Candidate], dict[str, str]]:
+def build(cell: Cell, x: Tensor, *, with_peers: bool = True) -> tuple[dict[str, Candidate], dict[str, str]]:
     """All candidates of a cell by name, for the tokens x [T, D]; and why a peer is not among them, by name.
 
     They share experts where their layouts are the same, and the values of all experts are equal.
@@ -114,6 +114,8 @@ def build(cell: Cell, x: Tensor) -> tuple[dict[str, Candidate], dict[str, str]]:
     layers = _our_layers(cell, x)
     for name, layer in layers.items():
         found[name] = Candidate(run=_with_ledger(layer), module=layer, load=measure_load(layer, x))
+    if not with_peers:
+        return found, {}
     padded = PaddedTopAny(layers[TOP_ANY])
     found[PADDED] = Candidate(run=padded, module=padded, load=found[TOP_ANY].load)
 

@@ -83,7 +83,7 @@ def initialize(
     settings["gradient_clipping"] = clipping
     if stage == 0:
         settings["gradient_clipping"] = 0.0  # the engine clips by itself: see engine/clipping.py
-    _prefer_torch_adam(settings)
+    _choose_adam(settings)
     for name, layer in layers.items():
         layer.name = name
         layer.dispatch = dispatch or layer.dispatch
@@ -225,12 +225,19 @@ def _fingerprint(
     return values
 
 
-def _prefer_torch_adam(settings: dict[str, Any]) -> None:
-    """On a CPU, DeepSpeed's Adam is compiled at the first use; torch's does the same without a compiler."""
+def _choose_adam(settings: dict[str, Any]) -> None:
+    """Torch's Adam on a CPU, where DeepSpeed's must be compiled; torch's in its fused form, unless `foreach` is set.
+
+    The fused form reads and writes every number once and keeps nothing beside them; the others take 20 passes.
+    """
     optimizer = settings.get("optimizer", {})
-    is_adam = optimizer.get("type", "").lower() in ("adam", "adamw")
-    if is_adam and get_accelerator().device_name() == "cpu":
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    if optimizer.get("type", "").lower() not in ("adam", "adamw"):
+        return
+    params = optimizer.setdefault("params", {})
+    if get_accelerator().device_name() == "cpu":
+        params.setdefault("torch_adam", True)
+    if params.get("torch_adam") and "foreach" not in params:
+        params.setdefault("fused", True)
 
 
 def _share_seeds(layers: Mapping[str, MoELayer]) -> None:

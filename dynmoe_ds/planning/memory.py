@@ -100,8 +100,8 @@ def _update_bytes(model: ModelShape, layout: Layout) -> float:
     """Gradients and what is beside the optimiser's state while it runs.
 
     At stage 0 gradients are flattened for their all-reduce, experts and all else by themselves, and in bfloat16 copied
-    to float32. From stage 1 on a group of parameters after another, experts last, is flattened in float32, its own
-    gradients go, and Adam makes two tensors of its size; gradients of later groups are still there.
+    to float32. From stage 1 on a group of parameters after another, experts last, is flattened in float32, and its own
+    gradients go; those of later groups are still there.
     """
     width = BYTES[layout.dtype]
     dense, experts = model.dense_parameters, model.expert_parameters(layout.ep_size)
@@ -110,7 +110,7 @@ def _update_bytes(model: ModelShape, layout: Layout) -> float:
         return width * (dense + experts) + copies
     dense_part, experts_part = dense / layout.num_ranks, experts / layout.edp_size
     later = width * (experts if layout.zero_stage == 1 else experts_part)
-    return max(3 * FLOAT32 * dense_part + later, 3 * FLOAT32 * experts_part)
+    return max(FLOAT32 * dense_part + later, FLOAT32 * experts_part)
 
 
 def activation_bytes(model: ModelShape, layout: Layout) -> float:

@@ -11,7 +11,7 @@ from dynmoe_ds.planning.rows import sent_per_token
 
 WEIGHT_BYTES = 4  # combine weights travel in float32
 FLOAT32 = 4
-ADAM_PASSES = 20
+ADAM_PASSES = 7
 CLIPPING_PASSES = 3
 BACKWARD = 2  # gradients of a product's two factors
 PERSISTED = 100_000  # DeepSpeed's stage3_param_persistence_threshold
@@ -181,9 +181,9 @@ def synchronisation_per_rank(model: ModelShape, layout: Layout) -> Sent:
 def _optimizer_bytes(model: ModelShape, layout: Layout) -> float:
     """What the update of a rank's part reads and writes, and what brings gradients to it.
 
-    torch's Adam makes 20 passes over float32 vectors: decay 2, first moment 3, second 5, root, division and eps 6,
-    step 4. Clipping reads gradients for their norm, then scales them, 3 in float32. From stage 1 on gradients are
-    copied into a bucket, per micro step from stage 2 on, and from there to float32, and weights back from the masters.
+    torch's fused Adam reads weights, gradients and both moments in float32 and writes all but the gradients, 7 passes.
+    Clipping reads gradients for their norm, then scales them, 3 in float32. From stage 1 on gradients are copied into a
+    bucket, per micro step from stage 2 on, and from there to float32, and weights back from the masters.
     """
     width, stage = BYTES[layout.dtype], layout.zero_stage
     dense, experts = model.dense_parameters, model.expert_parameters(layout.ep_size)

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.dispatch import METHODS, BytesOnTheWire, Cell, draw_routing, least_rows
+from benchmarks.dispatch import METHODS, BytesOnTheWire, Cell, draw, draw_routing, least_rows
 from benchmarks.side_by_side import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,33 @@ def test_every_method_runs_and_its_bytes_are_reported(tmp_path: Path) -> None:
     assert "## 2 ranks" in page and page.count("| 8 | skewed |") == 4
     for name in ("dispatch.png", "dispatch_time.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_point_is_inside_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of many ranks on few cores are many times those of two."""
+    import matplotlib.pyplot as plt
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plt, "close", figures.append)
+
+    def cell(ranks: int, k: int) -> dict[str, Any]:
+        method = {
+            "forward": {"row_bytes": 8 * k, "metadata_bytes": 1}, "backward": {"row_bytes": 8 * k, "metadata_bytes": 1},
+            "seconds": {"forward + backward": {"least": 0.01 * ranks**2 * k}},
+        }  # fmt: skip
+        return {
+            "ranks": ranks, "num_experts": 8, "k": k, "routing": "uniform", "least_bytes": 8,
+            "methods": dict.fromkeys(METHODS, method),
+        }  # fmt: skip
+
+    draw([cell(ranks, k) for ranks in (2, 8) for k in (1, 4)], tmp_path)
+    monkeypatch.undo()
+    for figure in figures:
+        for axis in figure.axes:
+            low, high = axis.get_ylim()
+            assert all(low <= y <= high for line in axis.lines[: len(METHODS)] for y in line.get_ydata())
+        plt.close(figure)
+    assert len(figures) == 2
 
 
 def test_experts_that_cannot_be_shared_out_are_refused() -> None:

@@ -32,6 +32,26 @@ def _train(rank: int, world_size: int) -> dict[Any, Any]:
     return out
 
 
+def _forms(rank: int, world_size: int, options: dict[str, Any]) -> list[Any]:
+    engine = dm.initialize(TinyModel(1, num_experts=3), deepspeed_config(2, **options))
+    optimizer = engine.optimizer.optimizer
+    return [type(optimizer).__name__, *(optimizer.defaults.get(name) for name in ("fused", "foreach"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({}, ["AdamW", True, None]),
+        ({"fused": False}, ["AdamW", False, None]),
+        ({"foreach": True}, ["AdamW", None, True]),
+        ({"kind": "SGD"}, ["SGD", None, None]),
+    ],
+    ids=str,
+)
+def test_adam_is_torchs_fused_one_unless_another_form_is_asked_for(options: dict[str, Any], form: list[Any]) -> None:
+    assert run_ranks(_forms, 1, options) == [form]
+
+
 @pytest.fixture(scope="module")
 def losses() -> dict[Any, Any]:
     return run_ranks(_train, 2)[0]

@@ -21,8 +21,8 @@ def start(folder: Path) -> subprocess.Popen[str]:
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [
-        sys.executable, "-m", "dynmoe_ds", "train", "experiment=smoke", f"run_dir={folder}", "training.steps=400",
-        "telemetry=disabled", "checkpoint.every_steps=100", "training.eval_every_steps=400",
+        sys.executable, "-m", "dynmoe_ds", "train", "experiment=smoke", f"run_dir={folder}", "training.steps=150",
+        "telemetry=disabled", "checkpoint.every_steps=50", "training.eval_every_steps=150",
     ]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -47,7 +47,7 @@ def test_sigusr1_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path
     assert "as asked" in output and "Traceback" not in output
     assert not psutil.wait_procs(ranks, timeout=10)[1], "processes were left behind"
     stopped = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
-    assert 0 < stopped < 400 and not (folder / "finished.json").exists()
+    assert 0 < stopped < 150 and not (folder / "finished.json").exists()
 
     process = start(folder)
     try:
@@ -56,6 +56,6 @@ def test_sigusr1_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path
         process.kill()
     assert process.returncode == 0, output
     assert f"Going on from {folder / 'checkpoints'}" in output
-    assert json.loads((folder / "finished.json").read_text()) == {"steps": 400}
+    assert json.loads((folder / "finished.json").read_text()) == {"steps": 150}
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and stopped in steps and steps[-1] == 400
+    assert steps == sorted(set(steps)) and stopped in steps and steps[-1] == 150
