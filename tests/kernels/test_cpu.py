@@ -103,6 +103,8 @@ def test_extreme_values_come_out_as_from_torch(dtype: torch.dtype) -> None:
         assert product.isnan().all() == (grad is not broken)
         assert grad_gate.isnan().all() and grad_weights.isnan().all()
         assert grad_up.isnan().all() == (up is not broken)
+    weight = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
+    assert all(found.isnan().all() for found in run(ones, ones, ones, weight)[:3])
     infinite = torch.full((1, 4), torch.inf, dtype=dtype)
     assert run(infinite, torch.ones_like(infinite), torch.ones_like(infinite), weights)[0].isinf().all()
 
