@@ -105,7 +105,7 @@ def _prepare(module: nn.Module) -> tuple[list[Entry], Manifest]:
     manifest = Manifest(
         model_class=type(module).__name__,
         config=config,
-        layers={name: _describe_layer(layer) for name, layer in layers.items()},
+        layers={name: _describe_layer(layer, config or {}) for name, layer in layers.items()},
         tied=tied_names(module),
     )
     return entries(module), manifest
@@ -121,7 +121,7 @@ def _fingerprint(manifest: Manifest, stored: list[Entry]) -> dict[str, Any]:
     return {"class": manifest.model_class, "config": manifest.config, "tied": manifest.tied, **values, **tensors}
 
 
-def _describe_layer(layer: MoELayer) -> LayerManifest:
+def _describe_layer(layer: MoELayer, config: Mapping[str, Any]) -> LayerManifest:
     return LayerManifest(
         hidden_size=layer.hidden_size,
         ffn_hidden_size=layer.ffn_hidden_size,
@@ -131,8 +131,16 @@ def _describe_layer(layer: MoELayer) -> LayerManifest:
         next_expert_id=layer.placement.next_id,
         seed=layer.seed,
         has_shared=layer.shared is not None,
-        shared_ffn_hidden_size=layer.shared.intermediate_size if isinstance(layer.shared, LlamaMLP) else 0,
+        shared_ffn_hidden_size=_shared_ffn_hidden_size(layer.shared, config),
     )
+
+
+def _shared_ffn_hidden_size(shared: nn.Module | None, config: Mapping[str, Any]) -> int:
+    """Hidden units of an MLP that differs in them alone from those that the model's configuration makes; else 0."""
+    if type(shared) is not LlamaMLP:
+        return 0
+    alike = all(getattr(shared.config, key) == config.get(key) for key in ("hidden_size", "hidden_act", "mlp_bias"))
+    return shared.intermediate_size if alike else 0
 
 
 def _collect(stored: list[Entry], is_writer: bool) -> tuple[dict[str, Tensor], Exception | None]:

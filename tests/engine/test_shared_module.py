@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError
@@ -97,13 +99,17 @@ def test_activation_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(got[name], gradient, msg=name)
 
 
-def test_a_saved_model_holds_it_and_load_model_says_that_it_cannot_build_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["linear", "an MLP with another activation"])
+def test_a_saved_model_holds_it_and_load_model_says_that_it_cannot_build_it(tmp_path: Path, kind: str) -> None:
     model = decoder()
     name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, dm.MoELayer))
     layer.shared = nn.Linear(layer.hidden_size, layer.hidden_size)
+    if kind != "linear":
+        layer.shared = LlamaMLP(LlamaConfig.from_dict(model.config.to_dict() | {"hidden_act": "gelu"}))
     dm.save_model(model, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor(f"{name}.shared.weight"), layer.shared.weight)
+        for key, value in layer.shared.named_parameters():
+            assert torch.equal(file.get_tensor(f"{name}.shared.{key}"), value)
         assert not any(key.endswith(("active", "expert_ids")) for key in file.keys())  # noqa: SIM118
     with pytest.raises(CheckpointError, match=f"{name} has a module that all tokens pass"):
         dm.load_model(tmp_path / "model")
