@@ -139,8 +139,9 @@ def _shared_ffn_hidden_size(shared: nn.Module | None, config: Mapping[str, Any])
     """Hidden units of an MLP that differs in them alone from those that the model's configuration makes; else 0."""
     if type(shared) is not LlamaMLP:
         return 0
-    alike = all(getattr(shared.config, key) == config.get(key) for key in ("hidden_size", "hidden_act", "mlp_bias"))
-    return shared.intermediate_size if alike else 0
+    mlp: Any = shared  # transformers has no types
+    alike = all(getattr(mlp.config, key) == config.get(key) for key in ("hidden_size", "hidden_act", "mlp_bias"))
+    return int(mlp.intermediate_size) if alike else 0
 
 
 def _collect(stored: list[Entry], is_writer: bool) -> tuple[dict[str, Tensor], Exception | None]:
