@@ -164,7 +164,7 @@ def all_of(rank: int, world_size: int, configs: list[tuple[int, str]]) -> dict[A
     return {config: stop_and_skip(rank, world_size, *config) for config in configs}
 
 
-def check(of_ranks: list[dict[Any, Any]], config: tuple[int, str]) -> None:
+def assert_left_out(of_ranks: list[dict[Any, Any]], config: tuple[int, str]) -> None:
     """All ranks name the same layer and rank; stopping changes nothing; leaving out is as if the batch had not been."""
     size, errors = len(of_ranks), of_ranks[0][config]["errors"]
     assert list(errors) == [step for step, fault in enumerate(FAULTS) if fault is not None]
@@ -188,14 +188,14 @@ def on_two_ranks() -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_two_ranks(on_two_ranks: list[dict[Any, Any]], config: tuple[int, str]) -> None:
-    check(on_two_ranks, config)
+    assert_left_out(on_two_ranks, config)
 
 
 @pytest.mark.parametrize(("num_ranks", "configs"), [(1, [(0, BF16), (1, FLOAT32)]), (4, [(3, FLOAT32)])])
 def test_one_and_four_ranks(num_ranks: int, configs: list[tuple[int, str]]) -> None:
     results = run_ranks(all_of, num_ranks, configs, timeout_s=120)
     for config in configs:
-        check(results, config)
+        assert_left_out(results, config)
 
 
 def error_of(engine: Any, step: int, rank: int, world_size: int, fault: tuple[str, float] | None = None) -> str:

@@ -52,7 +52,7 @@ def expected_instructions(kernel: str, name: str, target: Target) -> list[str]:
     return [MATRIX[name]] if kernel in PRODUCTS else []
 
 
-def fit(kernel: str, dtype: str, name: str, **changes: object) -> Machine:
+def assert_fits(kernel: str, dtype: str, name: str, **changes: object) -> Machine:
     """The compiled kernel, if there is nothing wrong with it."""
     target = TARGETS[name]
     machine = compiled(replace(builds(target, dtype)[kernel], **changes), target)
@@ -64,13 +64,13 @@ def fit(kernel: str, dtype: str, name: str, **changes: object) -> Machine:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_fits(kernel: str, name: str) -> None:
-    machine = fit(kernel, "bf16", name)
+    machine = assert_fits(kernel, "bf16", name)
     print(f"| {kernel} | {name} | {machine.registers} | {machine.shared} |")  # docs/kernels.md is made from this
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if not kernel.startswith("plan")])
 def test_a_kernel_fits_with_rows_of_float32(kernel: str) -> None:
-    fit(kernel, "fp32", "sm_90")
+    assert_fits(kernel, "fp32", "sm_90")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -79,12 +79,12 @@ def test_a_kernel_fits_where_sizes_are_one(kernel: str) -> None:
     build = builds(TARGETS["sm_90"], "bf16")[kernel]
     sizes = [name for name, kind in build.types.items() if kind == "i32" and name != "tokens_per_split"]
     others = {name: kind for name, kind in build.types.items() if name not in sizes}
-    fit(kernel, "bf16", "sm_90", types=others, ones=sizes)
+    assert_fits(kernel, "bf16", "sm_90", types=others, ones=sizes)
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel not in PRODUCTS])
 def test_a_kernel_fits_where_no_size_is_a_multiple_of_16(kernel: str) -> None:
-    fit(kernel, "bf16", "sm_90", multiples=[])
+    assert_fits(kernel, "bf16", "sm_90", multiples=[])
 
 
 @pytest.mark.parametrize("num_slots", [4, 300])
@@ -106,14 +106,14 @@ def test_a_kernel_fits_with_few_and_with_many_slots(kernel: str, num_slots: int)
 def test_a_kernel_fits_without_what_is_optional(kernel: str, flag: str, absent: str) -> None:
     build = builds(TARGETS["sm_90"], "bf16")[kernel]
     types = {name: kind for name, kind in build.types.items() if name != absent}
-    fit(kernel, "bf16", "sm_90", types=types, constants={**build.constants, flag: False, absent: None})
+    assert_fits(kernel, "bf16", "sm_90", types=types, constants={**build.constants, flag: False, absent: None})
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("kernel", ["weighted_gated_backward_kernel", "weighted_activation_backward_kernel"])
 def test_a_kernel_fits_with_every_activation(kernel: str, activation: str) -> None:
     build = builds(TARGETS["sm_80"], "bf16")[kernel]
-    fit(kernel, "bf16", "sm_80", constants={**build.constants, "ACTIVATION": activation})
+    assert_fits(kernel, "bf16", "sm_80", constants={**build.constants, "ACTIVATION": activation})
 
 
 def test_every_kernel_is_built() -> None:
