@@ -11,7 +11,7 @@ from .slot_of_rows import slot_of_rows
 
 
 def weighted_activation(
-    pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, activation: Activation = "gelu"
+    pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, activation: Activation
 ) -> Tensor:
     """`activation(pre + bias[slot]) * w` [N, F] for pre [N, F], bias [s, F] and w [N], rows sorted by slot.
 
@@ -31,7 +31,7 @@ def weighted_activation_backward(
     bias: Tensor,
     row_weights: Tensor,
     slot_ends: Tensor,
-    activation: Activation = "gelu",
+    activation: Activation,
     *,
     with_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ def weighted_activation_backward(
 
 
 def weighted_activation_torch(
-    pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, activation: Activation = "gelu"
+    pre: Tensor, bias: Tensor, row_weights: Tensor, slot_ends: Tensor, activation: Activation
 ) -> Tensor:
     """The twin of `weighted_activation`."""
     inner = activate(_biased(pre, bias, row_weights.dtype, slot_ends), activation)
@@ -61,7 +61,7 @@ def weighted_activation_backward_torch(
     bias: Tensor,
     row_weights: Tensor,
     slot_ends: Tensor,
-    activation: Activation = "gelu",
+    activation: Activation,
     *,
     with_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,4 +1,6 @@
-"""Experts of all slots at once, what a GPU wants: products over all rows, and between them one pass over [R, F].
+"""Experts of all slots at once, what a GPU and small slots on a CPU want.
+
+Products over all rows, and between them one pass over [R, F].
 
 The combine weight is inside the last product, so the experts' outputs are not kept for its gradient; and what the
 activation gave is computed again in the backward pass instead of kept. The parameters are saved themselves: under
@@ -31,7 +33,7 @@ class GatedOfAllSlots(torch.autograd.Function):
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
-        activation: Activation = "silu",
+        activation: Activation,
     ) -> Tensor:
         gate = multiply(rows, w1.transpose(1, 2), slot_ends)
         up = multiply(rows, w3.transpose(1, 2), slot_ends)
@@ -71,7 +73,7 @@ class TwoLayersOfAllSlots(torch.autograd.Function):
         b1: Tensor,
         w2: Tensor,
         b2: Tensor,
-        activation: Activation = "gelu",
+        activation: Activation,
     ) -> Tensor:
         pre = multiply(rows, w1.transpose(1, 2), slot_ends)
         ctx.save_for_backward(rows, row_weights, slot_ends, pre, w1, b1, w2, b2)

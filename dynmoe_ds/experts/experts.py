@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_ds.errors import ConfigError
+from dynmoe_kernels import Activation
 
 
 class Experts(nn.Module, ABC):
@@ -20,8 +21,15 @@ class Experts(nn.Module, ABC):
     """
 
     unit_dims: ClassVar[Mapping[str, int]]
-    hidden_size: int
-    ffn_hidden_size: int
+
+    def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int, activation: Activation) -> None:
+        """For s slots, D and F. Raises: ConfigError if one of the three is below 1."""
+        super().__init__()
+        sizes = {"slots on a rank": num_local_slots, "hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size}
+        if faults := [f"{name} is {size} but must be at least 1." for name, size in sizes.items() if size < 1]:
+            raise ConfigError(faults)
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
+        self.activation = activation
 
     @abstractmethod
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
@@ -49,10 +57,3 @@ def seeded_generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose state is a function of the key alone, on every machine."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def check_sizes(num_local_slots: int, hidden_size: int, ffn_hidden_size: int) -> None:
-    """Raises: ConfigError if a size is below 1."""
-    sizes = {"slots on a rank": num_local_slots, "hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size}
-    if faults := [f"{name} is {size} but must be at least 1." for name, size in sizes.items() if size < 1]:
-        raise ConfigError(faults)

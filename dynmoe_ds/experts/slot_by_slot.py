@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class SlotBySlot(torch.autograd.Function):
     """`w2 (w silu(w1 x) * (w3 x))` of sorted rows, a slot at a time, so that its activations are in cache when used.
 
     Beside the inputs it saves gate and up [N, F]; the weighted product is computed again, which is cheaper than storing
-    it. Serves every dtype and size. Slots without rows cost nothing and get exact zeros as their gradients.
+    it. Serves every dtype and size. Slots without rows cost nothing and get exact zeros as their gradients; rows of no
+    slot are undefined, as in `all_slots.py`.
     """
 
     @staticmethod
@@ -40,9 +42,9 @@ class SlotBySlot(torch.autograd.Function):
             torch.empty_like(t) if want else None for t, want in zip((w1, w3, w2), wants, strict=True)
         )
         buffers = _for_one_slot(3, rows, ctx.rows_per_slot, gate.shape[1])
-        of_rows = (rows, row_weights, gate, up, grad, grad_weights, grad_rows)
-        slots = zip(*(t.split(ctx.rows_per_slot) for t in of_rows), w1, w3, w2, strict=True)
-        for e, (x, w, a, b, g, gw, gx, w1_e, w3_e, w2_e) in enumerate(slots):
+        of_rows = _split(ctx.rows_per_slot, rows, row_weights, gate, up, grad, grad_weights, grad_rows)
+        slots = zip(of_rows, w1, w3, w2, strict=True)
+        for e, ((x, w, a, b, g, gw, gx), w1_e, w3_e, w2_e) in enumerate(slots):
             if len(x) == 0:
                 for weight_grad in (grad1, grad3, grad2):
                     if weight_grad is not None:
@@ -76,9 +78,8 @@ def slot_by_slot(
     """
     out = torch.empty_like(rows)
     buffers = _for_one_slot(1 if kept else 3, rows, rows_per_slot, w1.shape[1])
-    of_rows = (rows, row_weights, out, *(kept or ()))
-    slots = zip(*(t.split(rows_per_slot) for t in of_rows), strict=True)
-    for (x, w, y, *of_slot), w1_e, w3_e, w2_e in zip(slots, w1, w3, w2, strict=True):
+    of_rows = _split(rows_per_slot, rows, row_weights, out, *(kept or ()))
+    for (x, w, y, *of_slot), w1_e, w3_e, w2_e in zip(of_rows, w1, w3, w2, strict=True):
         if len(x) > 0:
             product, *own = (buffer[: len(x)] for buffer in buffers)
             a, b = of_slot or own
@@ -87,6 +88,12 @@ def slot_by_slot(
             weighted_swiglu_into(product, a, b, w)
             torch.mm(product, w2_e.T, out=y)
     return out
+
+
+def _split(rows_per_slot: list[int], *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each slot's part of every tensor; rows after those of all slots are in none."""
+    num_rows = sum(rows_per_slot)
+    return zip(*(tensor[:num_rows].split(rows_per_slot) for tensor in of_rows), strict=True)
 
 
 def _for_one_slot(count: int, like: Tensor, rows_per_slot: list[int], width: int) -> list[Tensor]:

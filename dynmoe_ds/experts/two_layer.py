@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_ds.experts.all_slots import TwoLayersOfAllSlots
-from dynmoe_ds.experts.experts import Experts, check_sizes, uniform
+from dynmoe_ds.experts.experts import Experts, uniform
 from dynmoe_ds.experts.host_memory import keep_large_blocks
 from dynmoe_kernels import Activation
 
@@ -19,13 +19,8 @@ class TwoLayerExperts(Experts):
 
     unit_dims: ClassVar[Mapping[str, int]] = {"w1": 1, "b1": 1, "w2": 2}
 
-    def __init__(
-        self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int, activation: Activation = "gelu"
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        check_sizes(num_local_slots, hidden_size, ffn_hidden_size)
-        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
+    def __init__(self, num_local_slots: int, hidden_size: int, ffn_hidden_size: int, activation: Activation) -> None:
+        super().__init__(num_local_slots, hidden_size, ffn_hidden_size, activation)
         self.w1 = nn.Parameter(torch.zeros(num_local_slots, ffn_hidden_size, hidden_size))
         self.b1 = nn.Parameter(torch.zeros(num_local_slots, ffn_hidden_size))
         self.w2 = nn.Parameter(torch.zeros(num_local_slots, hidden_size, ffn_hidden_size))

@@ -70,15 +70,16 @@ void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
 }
 
 template <typename T>
-void backward(T* grad_up, int64_t grad_up_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
-              const float* weights, T* grad_gate, int64_t grad_gate_stride, float* grad_weights, T* product,
-              int64_t product_stride, int64_t rows, int64_t width, int threads) {
+void backward(const T* grad, int64_t grad_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
+              const float* weights, T* grad_gate, int64_t grad_gate_stride, T* grad_up, int64_t grad_up_stride,
+              float* grad_weights, T* product, int64_t product_stride, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const T* a_row = gate + row * gate_stride;
         const T* b_row = up + row * up_stride;
-        T* g_row = grad_up + row * grad_up_stride;
+        const T* g_row = grad + row * grad_stride;
         T* ga_row = grad_gate + row * grad_gate_stride;
+        T* gb_row = grad_up + row * grad_up_stride;
         T* out = product + row * product_stride;
         const float weight = weights[row];
         float total = 0.0f;
@@ -89,7 +90,7 @@ void backward(T* grad_up, int64_t grad_up_stride, const T* gate, int64_t gate_st
             total += g * plain;
             store(plain * weight, out + i);
             store(weighted * b * (share * (1.0f + a * (1.0f - share))), ga_row + i);
-            store(weighted * silu, g_row + i);
+            store(weighted * silu, gb_row + i);
         }
         grad_weights[row] = total;
     }
@@ -97,7 +98,7 @@ void backward(T* grad_up, int64_t grad_up_stride, const T* gate, int64_t gate_st
 
 }  // namespace
 
-// In `backward` grad_up holds the gradient of the weighted product before, and that of up after the call.
+// In `backward` grad_up may be grad itself: each element is read before it is written.
 #define DEFINE(suffix, T)                                                                                             \
     extern "C" void weighted_swiglu_##suffix(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,      \
                                              const float* weights, T* product, int64_t product_stride, int64_t rows,  \
@@ -105,11 +106,11 @@ void backward(T* grad_up, int64_t grad_up_stride, const T* gate, int64_t gate_st
         forward(gate, gate_stride, up, up_stride, weights, product, product_stride, rows, width, threads);            \
     }                                                                                                                 \
     extern "C" void weighted_swiglu_backward_##suffix(                                                                \
-        T* grad_up, int64_t grad_up_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,       \
-        const float* weights, T* grad_gate, int64_t grad_gate_stride, float* grad_weights, T* product,                \
-        int64_t product_stride, int64_t rows, int64_t width, int threads) {                                           \
-        backward(grad_up, grad_up_stride, gate, gate_stride, up, up_stride, weights, grad_gate, grad_gate_stride,     \
-                 grad_weights, product, product_stride, rows, width, threads);                                        \
+        const T* grad, int64_t grad_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,       \
+        const float* weights, T* grad_gate, int64_t grad_gate_stride, T* grad_up, int64_t grad_up_stride,             \
+        float* grad_weights, T* product, int64_t product_stride, int64_t rows, int64_t width, int threads) {          \
+        backward(grad, grad_stride, gate, gate_stride, up, up_stride, weights, grad_gate, grad_gate_stride, grad_up,  \
+                 grad_up_stride, grad_weights, product, product_stride, rows, width, threads);                        \
     }
 
 DEFINE(float32, float)

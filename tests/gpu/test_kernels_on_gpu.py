@@ -49,6 +49,6 @@ def test_rows_of_activations_beyond_32_bits() -> None:
     gate[-1:] = Draw("cuda", torch.bfloat16)(1, 1024)
     expected = torch.nn.functional.silu(gate[-1:].double()) * gate[-1:].double()
     with kernels.forced_kernels("triton"):
-        product = kernels.weighted_gated(gate, gate, torch.ones(len(gate), device="cuda"))
+        product = kernels.weighted_gated(gate, gate, torch.ones(len(gate), device="cuda"), "silu")
     assert_rounded_once(product[-1:], expected, "weighted_gated")
     assert not product[0].any()

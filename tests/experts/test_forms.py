@@ -1,4 +1,4 @@
-"""Experts of all slots at once, the form for GPUs, on a CPU."""
+"""The forms of experts: of all slots at once, and slot by slot."""
 
 import pytest
 import torch
@@ -28,15 +28,21 @@ class CountedProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-FORMS = {"swiglu": GatedOfAllSlots, "gelu": TwoLayersOfAllSlots}
+SLOT_ENDS = torch.tensor(COUNTS).cumsum(0, dtype=torch.int32)
+FORMS = {
+    "swiglu": lambda rows, weights, *params: GatedOfAllSlots.apply(rows, weights, SLOT_ENDS, *params, "silu"),
+    "swiglu slot by slot": lambda rows, weights, *params: SlotBySlot.apply(rows, weights, COUNTS, *params),
+    "gelu": lambda rows, weights, *params: TwoLayersOfAllSlots.apply(rows, weights, SLOT_ENDS, *params, "gelu"),
+}
+SHAPES["swiglu slot by slot"] = SHAPES["swiglu"]
 
 
-@pytest.fixture(params=SHAPES)
-def kind(request) -> str:
+@pytest.fixture(params=FORMS)
+def form(request) -> str:
     return request.param
 
 
-def tensors(kind: str, dtype: torch.dtype, num_spare: int = 0) -> dict[str, Tensor]:
+def tensors(form: str, dtype: torch.dtype, num_spare: int = 0) -> dict[str, Tensor]:
     """Rows, their weights in float32 or wider, and parameters; leaves, with NaN in rows that are of no slot."""
     generator = torch.Generator().manual_seed(0)
     num_rows = sum(COUNTS)
@@ -44,22 +50,21 @@ def tensors(kind: str, dtype: torch.dtype, num_spare: int = 0) -> dict[str, Tens
     made["row_weights"] = torch.rand(len(made["rows"]), generator=generator).to(
         torch.promote_types(dtype, torch.float32)
     )
-    made |= {name: torch.randn(*shape, generator=generator).to(dtype) / 2 for name, shape in SHAPES[kind].items()}
+    made |= {name: torch.randn(*shape, generator=generator).to(dtype) / 2 for name, shape in SHAPES[form].items()}
     made["rows"][num_rows:] = torch.nan
     return {name: value.requires_grad_() for name, value in made.items()}
 
 
-def run(kind: str, leaves: dict[str, Tensor]) -> Tensor:
-    rows, row_weights, *params = leaves.values()
-    return FORMS[kind].apply(rows, row_weights, torch.tensor(COUNTS).cumsum(0, dtype=torch.int32), *params)
+def run(form: str, leaves: dict[str, Tensor]) -> Tensor:
+    return FORMS[form](*leaves.values())
 
 
 @pytest.mark.parametrize("num_spare", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_equal_the_formula(kind, dtype, num_spare):
-    leaves = tensors(kind, dtype, num_spare)
+def test_outputs_and_gradients_equal_the_formula(form, dtype, num_spare):
+    leaves = tensors(form, dtype, num_spare)
     num_rows = sum(COUNTS)
-    out = run(kind, leaves)
+    out = run(form, leaves)
     assert out.dtype == dtype
     grad = torch.randn(len(out), D, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad[num_rows:] = torch.nan
@@ -81,43 +86,38 @@ def test_outputs_and_gradients_equal_the_formula(kind, dtype, num_spare):
 
 
 @pytest.mark.parametrize("make_grad", [lambda g: g.T.contiguous().T, lambda g: g[:1].expand_as(g)], ids=["T", "expand"])
-def test_gradients_of_any_layout(kind, make_grad):
-    leaves = tensors(kind, torch.float32)
+def test_gradients_of_any_layout(form, make_grad):
+    leaves = tensors(form, torch.float32)
     grad = make_grad(torch.randn(sum(COUNTS), D))
     assert not grad.is_contiguous()
-    out = run(kind, leaves)
+    out = run(form, leaves)
     got = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
     want = torch.autograd.grad(out, list(leaves.values()), grad.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def run_slot_by_slot(_: str, leaves: dict[str, Tensor]) -> Tensor:
-    rows, row_weights, *params = leaves.values()
-    return SlotBySlot.apply(rows, row_weights, COUNTS, *params)
-
-
-@pytest.mark.parametrize(("kind", "run"), [("swiglu", run), ("gelu", run), ("swiglu", run_slot_by_slot)])
-def test_frozen_parameters_get_no_gradient_and_the_others_theirs(kind, run):
-    for frozen in SHAPES[kind]:
-        leaves = tensors(kind, torch.float32)
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(form):
+    for frozen in SHAPES[form]:
+        leaves = tensors(form, torch.float32)
         with CountedProducts() as counted:
-            whole = torch.autograd.grad(run(kind, leaves).square().sum(), list(leaves.values()))
+            whole = torch.autograd.grad(run(form, leaves).square().sum(), list(leaves.values()))
         of_all = counted.number
         leaves[frozen].requires_grad_(False)
         with CountedProducts() as counted:
-            run(kind, leaves).square().sum().backward()
+            run(form, leaves).square().sum().backward()
         assert (counted.number < of_all) == frozen.startswith("w"), "the product for nobody is left out"
         assert leaves[frozen].grad is None
         for (name, leaf), want in zip(leaves.items(), whole, strict=True):
             assert name == frozen or torch.equal(leaf.grad, want), (frozen, name)
 
 
-def test_only_parameters_inputs_and_products_are_saved(kind):
+def test_only_parameters_inputs_and_products_are_saved(form):
     """Under ZeRO-3 a saved view would keep the gathered weight alive; an activation more would cost memory."""
-    leaves = tensors(kind, torch.float32)
-    saved = run(kind, leaves).grad_fn.saved_tensors
+    leaves = tensors(form, torch.float32)
+    saved = run(form, leaves).grad_fn.saved_tensors
     own = [tensor for tensor in saved if any(tensor is leaf for leaf in leaves.values())]
     others = [tensor.shape for tensor in saved if not any(tensor is leaf for leaf in leaves.values())]
     assert len(own) == len(leaves)
-    products = [(sum(COUNTS), F)] * {"swiglu": 2, "gelu": 1}[kind]
-    assert sorted(map(tuple, others)) == sorted([(len(COUNTS),), *products])
+    gate_up_pre = [(sum(COUNTS), F)] * (1 if form == "gelu" else 2)
+    slot_ends = [] if form == "swiglu slot by slot" else [(len(COUNTS),)]
+    assert sorted(map(tuple, others)) == sorted([*slot_ends, *gate_up_pre])
