@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dynmoe_ds.cli import config, doctor, inspect, plan, tokenize, train
+from dynmoe_ds.cli import config, doctor, inspect, plan, stages, tokenize, train
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, config, plan, tokenize, inspect, doctor):
+    for verb in (train, stages, config, plan, tokenize, inspect, doctor):
         verb.add_verb(verbs)
     return parser
 

@@ -54,8 +54,8 @@ class LlamaModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderSizes:
-    """The sizes of an encoder with random weights."""
+class TransformerSizes:
+    """The sizes of an encoder or decoder with random weights."""
 
     hidden_size: int
     num_layers: int
@@ -64,7 +64,7 @@ class EncoderSizes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageEncoderSizes(EncoderSizes):
+class ImageEncoderSizes(TransformerSizes):
     """The sizes of an encoder of images, cut into squares `patch_size` pixels wide."""
 
     patch_size: int
@@ -90,7 +90,7 @@ class BertClassifierConfig(UpcycledConfig):
     """BERT with a classifier, or a regression, on its first token."""
 
     name: Literal["bert_classifier"] = "bert_classifier"
-    sizes: EncoderSizes | None
+    sizes: TransformerSizes | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +99,25 @@ class ViTClassifierConfig(UpcycledConfig):
 
     name: Literal["vit_classifier"] = "vit_classifier"
     sizes: ImageEncoderSizes | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlavaModelConfig:
+    """A vision tower, a projector and a language model (transformers' Llava).
+
+    vision_pretrained, text_pretrained: folders of the weights of a CLIP or SigLIP tower and of a decoder, which say
+    their sizes; None for random weights of `vision_sizes` (CLIP) and `text_sizes` (Llama). In a stage with experts
+    (`StageConfig`) the FFNs of the language model's `moe_layers` become `MoELayer`s of copies (`dynmoe_ds.upcycle`).
+    """
+
+    name: Literal["llava"] = "llava"
+    vision_pretrained: str | None
+    vision_sizes: ImageEncoderSizes | None
+    text_pretrained: str | None
+    text_sizes: TransformerSizes | None
+    moe_layers: Literal["all", "even", "odd", "first_half", "second_half"]
+    num_experts: int
+    num_slots: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,10 +171,33 @@ class ImageFolderConfig:
     image_size: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlavaDataConfig:
+    """Conversations about images in LLaVA's JSON: `path` to learn from, `held_out_path` to evaluate on.
+
+    image_folder: where the samples' images are. tokenizer: the folder of a pretrained language model, or its file.
+    template: how a conversation becomes text: `plain` (images and captions), `vicuna`, or the tokenizer's `own`.
+    sequence_length: tokens that a sample may have, images included; a longer one is broken. on_broken: whether broken
+    samples (too long, without their images, malformed) are left out or stop the run. group: whether a step's samples
+    are of one kind (with and without images) and of like lengths.
+    """
+
+    name: Literal["llava"] = "llava"
+    path: str | None
+    held_out_path: str | None
+    image_folder: str | None
+    tokenizer: str | None
+    template: Literal["plain", "vicuna", "own"]
+    image_size: int
+    sequence_length: int
+    on_broken: Literal["skip", "stop"]
+    group: bool
+
+
 # The sections `model` and `data` are of one of these kinds each. `name` tells which: another kind is another dataclass
 # whose field `name` is a Literal of names that no other kind has.
-ModelConfig: TypeAlias = LlamaModelConfig | BertClassifierConfig | ViTClassifierConfig
-DataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | GlueDataConfig | ImageFolderConfig
+ModelConfig: TypeAlias = LlamaModelConfig | BertClassifierConfig | ViTClassifierConfig | LlavaModelConfig
+DataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | GlueDataConfig | ImageFolderConfig | LlavaDataConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,8 +276,23 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """A stage of vision-language training.
+
+    trained: the parts that train, all others are frozen; `language_model` is all of it, `experts` the experts and
+    routers of its MoELayers alone. has_experts: whether the language model has MoELayers. start: the folder of a model
+    that another run left (`model/` in its run folder), whose weights this one starts from; None for the weights that
+    the section `model` names.
+    """
+
+    trained: tuple[Literal["vision_tower", "projector", "language_model", "experts"], ...]
+    has_experts: bool
+    start: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole run. `adaptation` None keeps the pool as it starts.
+    """A whole run. `adaptation` None keeps the pool as it starts. `stage`: for vision-language models.
 
     run_dir: is created; it must be empty or absent, unless it is of a run that `checkpoint.resume` may go on with.
     """
@@ -252,3 +309,4 @@ class RunConfig:
     training: TrainingConfig
     telemetry: TelemetryConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stage: StageConfig | None = None

@@ -21,14 +21,18 @@ from dynmoe_ds.config.schema import (
     GlueDataConfig,
     ImageFolderConfig,
     LlamaModelConfig,
+    LlavaDataConfig,
+    LlavaModelConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    StageConfig,
     TelemetryConfig,
     TextDataConfig,
     TokenShardsConfig,
     TrainingConfig,
+    TransformerSizes,
     UpcycledConfig,
     ViTClassifierConfig,
 )
@@ -132,24 +136,45 @@ def _llama(model: LlamaModelConfig) -> Iterator[str]:
     yield from _multiple("model.hidden_size", model.hidden_size, f"2 x model.num_heads (2 x {heads})", 2 * heads)
 
 
-def _upcycled(model: UpcycledConfig) -> Iterator[str]:
-    sizes = model.sizes if isinstance(model, BertClassifierConfig | ViTClassifierConfig) else None
-    if (model.pretrained is None) == (sizes is None):
+def _llava(model: LlavaModelConfig) -> Iterator[str]:
+    for part in ("vision", "text"):
+        pretrained, sizes = getattr(model, f"{part}_pretrained"), getattr(model, f"{part}_sizes")
+        yield from _one_source(f"model.{part}_pretrained", pretrained, f"model.{part}_sizes", sizes)
+        if sizes is not None:
+            yield from _transformer_sizes(f"model.{part}_sizes", sizes)
+    if (text := model.text_sizes) is not None:
+        # Rotary position embeddings turn pairs of channels.
+        heads = text.num_heads
+        yield from _multiple(
+            "model.text_sizes.hidden_size", text.hidden_size, f"2 x model.text_sizes.num_heads (2 x {heads})", 2 * heads
+        )
+
+
+def _one_source(pretrained_key: str, pretrained: str | None, sizes_key: str, sizes: object) -> Iterator[str]:
+    if (pretrained is None) == (sizes is None):
         given = "neither is" if sizes is None else "both are"
         yield (
-            f"One of model.pretrained and model.sizes must be set, but {given}. Name the folder of a pretrained model "
-            "and set model.sizes=null, or the other way round for random weights."
+            f"One of {pretrained_key} and {sizes_key} must be set, but {given}. Name the folder of a pretrained model "
+            f"and set {sizes_key}=null, or the other way round for random weights."
         )
+
+
+def _transformer_sizes(key: str, sizes: TransformerSizes) -> Iterator[str]:
+    yield from _at_least(key, sizes, 1, *(field.name for field in fields(sizes)))
+    heads = sizes.num_heads
+    yield from _multiple(f"{key}.hidden_size", sizes.hidden_size, f"{key}.num_heads ({heads})", heads)
+
+
+def _upcycled(model: UpcycledConfig) -> Iterator[str]:
+    sizes = model.sizes if isinstance(model, BertClassifierConfig | ViTClassifierConfig) else None
+    yield from _one_source("model.pretrained", model.pretrained, "model.sizes", sizes)
     if not 0 <= model.dropout < 1:
         yield f"model.dropout is {model.dropout} but must be at least 0 and below 1."
     if not model.moe_layers:
         yield "model.moe_layers is empty, so that no layer has experts. Name layers, counted from 0."
     if sizes is None:
         return
-    yield from _at_least("model.sizes", sizes, 1, *(field.name for field in fields(sizes)))
-    yield from _multiple(
-        "model.sizes.hidden_size", sizes.hidden_size, f"model.sizes.num_heads ({sizes.num_heads})", sizes.num_heads
-    )
+    yield from _transformer_sizes("model.sizes", sizes)
     last = sizes.num_layers - 1
     if outside := [layer for layer in model.moe_layers if not -last - 1 <= layer <= last]:
         yield (
@@ -165,6 +190,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
             yield from _llama(model)
         case BertClassifierConfig() | ViTClassifierConfig():
             yield from _upcycled(model)
+        case LlavaModelConfig():
+            yield from _llava(model)
 
 
 def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
@@ -175,6 +202,8 @@ def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
             wanted = "bert_classifier"
         case ImageFolderConfig():
             wanted = "vit_classifier"
+        case LlavaDataConfig():
+            wanted = "llava"
     if model.name != wanted:
         yield (
             f"model.name is {model.name} but data.name is {data.name}, for which it must be {wanted}. Choose another "
@@ -184,6 +213,10 @@ def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
         case ViTClassifierConfig(sizes=sizes), ImageFolderConfig(image_size=image_size) if sizes is not None:
             yield from _multiple(
                 "data.image_size", image_size, f"model.sizes.patch_size ({sizes.patch_size})", sizes.patch_size
+            )
+        case LlavaModelConfig(vision_sizes=sizes), LlavaDataConfig(image_size=image_size) if sizes is not None:
+            yield from _multiple(
+                "data.image_size", image_size, f"model.vision_sizes.patch_size ({sizes.patch_size})", sizes.patch_size
             )
 
 
@@ -196,7 +229,7 @@ def _expert_for_model(expert: ExpertConfig, model: ModelConfig) -> Iterator[str]
 
 
 def _sample_for_data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
-    if training.sample_tokens > 0 and isinstance(data, GlueDataConfig | ImageFolderConfig):
+    if training.sample_tokens > 0 and isinstance(data, GlueDataConfig | ImageFolderConfig | LlavaDataConfig):
         yield (
             f"training.sample_tokens is {training.sample_tokens} but data.name is {data.name}, from which no model "
             "learns to write. Set training.sample_tokens=0."
@@ -281,8 +314,41 @@ def _image_folder(data: ImageFolderConfig) -> Iterator[str]:
         yield "data.path is null. Name the folder that holds train/<class> and val/<class>, as in data.path=images."
 
 
+def _llava_data(data: LlavaDataConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 1, "image_size")
+    yield from _at_least("data", data, 2, "sequence_length")
+    wanted = {"path": "JSON file to learn from", "held_out_path": "JSON file to evaluate on"}
+    wanted["tokenizer"] = "folder of the language model's tokenizer"
+    for key, thing in wanted.items():
+        if getattr(data, key) is None:
+            yield f"data.{key} is null. Name the {thing}."
+
+
+def _stage(model: ModelConfig, stage: StageConfig | None, adaptation: AdaptationConfig | None) -> Iterator[str]:
+    if (stage is None) == isinstance(model, LlavaModelConfig):
+        if stage is None:
+            yield "model.name is llava but there is no stage. Choose one: stage=projector, language or experts."
+        else:
+            yield f"stage is set but model.name is {model.name}, which is trained in one go. Use stage=none."
+    if stage is None:
+        return
+    if not stage.trained:
+        yield "stage.trained is empty, so that nothing would be trained. Name a part of the model."
+    if "experts" in stage.trained and not stage.has_experts:
+        yield "stage.trained names experts but stage.has_experts is false. Set stage.has_experts=true."
+    if adaptation is not None and not stage.has_experts:
+        yield "adaptation is set but stage.has_experts is false: there is nothing to adapt. Use adaptation=none."
+    if stage.start is not None and not Path(stage.start).is_dir():
+        yield (
+            f"stage.start is {stage.start!r}, which is not a folder here ({Path.cwd()}). Name the folder `model` in "
+            "the run folder of the stage before."
+        )
+
+
 def _data(data: DataConfig) -> Iterator[str]:
     match data:
+        case LlavaDataConfig():
+            yield from _llava_data(data)
         case GlueDataConfig():
             yield from _glue(data)
         case ImageFolderConfig():
@@ -377,5 +443,6 @@ def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
 _CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
     _seed, _run_dir, _checkpoint, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files,
     _optim, _training, _roll_back, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
+    _stage,
 )  # fmt: skip
 _CHECKS_OF_FILES = (_run_dir, _data_files)

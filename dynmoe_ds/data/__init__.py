@@ -3,7 +3,9 @@
 from dynmoe_ds.data.examples import Examples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
-from dynmoe_ds.data.order import HeldOutOrder, TrainingOrder
+from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations
+from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
+from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.sequences import TokenSequences
 from dynmoe_ds.data.shard_writer import write_token_shards
@@ -13,10 +15,14 @@ from dynmoe_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, save_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
+    "ConversationData",
+    "ConversationExamples",
     "Examples",
     "GlueData",
+    "Grouping",
     "HeldOutOrder",
     "ImageFolderData",
+    "ImageInput",
     "TextData",
     "TokenSequences",
     "TokenShardData",
@@ -24,8 +30,10 @@ __all__ = [
     "TrainingOrder",
     "end_of_text_id",
     "from_rank_zero",
+    "load_conversations",
     "load_glue_data",
     "load_image_folder",
+    "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",
     "save_tokenizer",

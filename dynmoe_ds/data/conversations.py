@@ -44,6 +44,22 @@ class BrokenSamples:
         """Count one. reason: a clause that does not change from sample to sample."""
         self.found.setdefault(reason, []).append(sample)
 
+    def add_all(self, others: BrokenSamples) -> None:
+        """Count those of another file too."""
+        for reason, samples in others.found.items():
+            self.found.setdefault(reason, []).extend(samples)
+
+    def refuse(self, file: str, num_kept: int, on_broken: Literal["skip", "stop"]) -> None:
+        """Raises: DataError with all of them if `on_broken` is `stop`, or if nothing was kept."""
+        if len(self) == 0 and num_kept == 0:
+            raise DataError(f"{file} has no samples.")
+        if len(self) and (on_broken == "stop" or num_kept == 0):
+            advice = (
+                "Repair them, or leave them out with data.on_broken=skip." if num_kept else "Nothing is left of it."
+            )
+            total = len(self) + num_kept
+            raise DataError(f"{len(self)} of {total} samples in {file} cannot be used.\n{self.summary()}\n{advice}")
+
     def __len__(self) -> int:
         return sum(map(len, self.found.values()))
 
@@ -75,12 +91,7 @@ def read_conversations(
             kept.append(_conversation(name, sample, image_folder))
         except _Broken as error:
             broken.add(error.reason, f"{name} ({error.detail})" if error.detail else name)
-    if len(broken) and (on_broken == "stop" or not kept):
-        advice = "Repair them, or set data.on_broken=skip to leave them out." if kept else "Nothing is left of it."
-        total = len(broken) + len(kept)
-        raise DataError(f"{len(broken)} of {total} samples in {file} cannot be used.\n{broken.summary()}\n{advice}")
-    if not kept:
-        raise DataError(f"{file} has no samples.")
+    broken.refuse(f"{file}", len(kept), on_broken)
     return kept, broken
 
 

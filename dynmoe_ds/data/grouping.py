@@ -10,7 +10,9 @@ BATCHES_SORTED_TOGETHER = 32
 """Lengths are compared among so many steps' worth of examples: more gives less padding, and less random batches."""
 
 
-def grouped_order(lengths: Sequence[int], kinds: Sequence[int], step_size: int, seed: int, epoch: int) -> np.ndarray:
+def grouped_order(
+    lengths: Sequence[int] | np.ndarray, kinds: Sequence[int] | np.ndarray, step_size: int, seed: int, epoch: int
+) -> np.ndarray:
     """The order [n] of one epoch, a function of its arguments alone.
 
     lengths, kinds: of every example, such as its tokens and whether it has an image. step_size: examples of an

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -59,7 +60,18 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     return left, top, left + w, top + h
 
 
-def normalised(image: Image.Image) -> Tensor:
+def padded_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The whole image in the middle of a square of its longer side, with `colour` (0 to 255 per channel) beside it.
+
+    Source: LLaVA 1.5, so that nothing of a picture is cut off or distorted.
+    """
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def normalised(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """[3, H, W] float32 of an RGB image, each channel less its mean and over its standard deviation."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)

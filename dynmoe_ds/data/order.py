@@ -8,10 +8,22 @@ from functools import lru_cache
 
 import numpy as np
 
+from dynmoe_ds.data.grouping import grouped_order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Grouping:
+    """What decides which sequences stand in a step together: `lengths` and `kinds` [n], see `grouped_order`."""
+
+    lengths: np.ndarray
+    kinds: np.ndarray
+
 
 @lru_cache(maxsize=2)  # a step touches one epoch, or two where they meet
-def _shuffled(seed: int, epoch: int, num_sequences: int) -> np.ndarray:
+def _order(seed: int, epoch: int, num_sequences: int, grouping: Grouping | None, step_size: int) -> np.ndarray:
     """The order [num_sequences] of one epoch."""
+    if grouping is not None:
+        return grouped_order(grouping.lengths, grouping.kinds, step_size, seed, epoch)
     return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 
@@ -21,7 +33,7 @@ class TrainingOrder:
 
     All epochs, each shuffled on its own, form one endless line, and step n reads the n-th stretch of it, of
     `micro_batch_size * gradient_accumulation_steps * world_size` sequences. So a step reads the same sequences however
-    the stretch is dealt out, and each sequence is read once per epoch.
+    the stretch is dealt out, and each sequence is read once per epoch. grouping: None for a plain shuffle.
     """
 
     seed: int
@@ -30,6 +42,7 @@ class TrainingOrder:
     gradient_accumulation_steps: int
     rank: int
     world_size: int
+    grouping: Grouping | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -53,7 +66,8 @@ class TrainingOrder:
 
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_sequences)
-        return int(_shuffled(self.seed, epoch, self.num_sequences)[place])
+        order = _order(self.seed, epoch, self.num_sequences, self.grouping, self.global_batch_size)
+        return int(order[place])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

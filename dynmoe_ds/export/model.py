@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, LlavaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.checkpoint.entries import Entry, entries, moe_layers, tied_names
@@ -32,7 +32,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import dense_decoder, shared_expert
+from dynmoe_ds.models import dense_decoder, dense_llava, shared_expert
 from dynmoe_ds.moe import MoELayer, Placement
 
 
@@ -70,13 +70,13 @@ def save_model(model: Engine | nn.Module, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, ep_size: int = 1, num_slots: int | None = None) -> PreTrainedModel:
-    """The decoder that `save_model` wrote, on the CPU, in evaluation mode and in its own dtype.
+    """The decoder, or vision-language model, that `save_model` wrote: on the CPU, evaluating, in its own dtype.
 
     ep_size: how many neighbouring ranks share its experts. num_slots: the size of every layer's pool, for experts to
     come; None takes the least that holds the layer's experts. Experts keep their ids.
 
     Collective if `ep_size` is above 1: every rank. Raises: CheckpointError, naming the file, for one that is missing,
-    damaged, of another format or of a model that is no such decoder; ConfigError for sizes that cannot work. With
+    damaged, of another format or of a model of another kind; ConfigError for sizes that cannot work. With
     `ep_size` above 1 one rank's error is raised on every rank.
     """
     model, error = None, None
@@ -201,13 +201,19 @@ def _load(folder: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
 
 
 def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
-    """The decoder with its layers and placements; its weights are of no meaning yet."""
-    if manifest.model_class != "LlamaForCausalLM" or manifest.config is None:
-        raise CheckpointError(
-            f"{path} describes a {manifest.model_class}, but load_model builds LlamaForCausalLM only. Build the model "
-            f"in your own code and read {WEIGHTS_FILE} with safetensors."
-        )
-    model = dense_decoder(LlamaConfig.from_dict(dict(manifest.config)), seed=0)
+    """The model with its layers and placements; its weights are of no meaning yet."""
+    model: PreTrainedModel
+    match manifest.model_class:
+        case "LlamaForCausalLM" if manifest.config is not None:
+            model = dense_decoder(LlamaConfig.from_dict(dict(manifest.config)), seed=0)
+        case "LlavaForConditionalGeneration" if manifest.config is not None:
+            model = dense_llava(LlavaConfig.from_dict(dict(manifest.config)), seed=0)
+        case _:
+            raise CheckpointError(
+                f"{path} describes a {manifest.model_class}, but load_model builds LlamaForCausalLM and "
+                f"LlavaForConditionalGeneration only. Build the model in your own code and read {WEIGHTS_FILE} with "
+                "safetensors."
+            )
     for name, described in manifest.layers.items():
         layer = _build_layer(name, described, path, ep_size, num_slots)
         layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)

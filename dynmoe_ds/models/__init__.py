@@ -4,19 +4,33 @@ from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, v
 from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, dense_decoder, shared_expert
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
+from dynmoe_ds.models.vision_language import (
+    Vocabulary,
+    build_vision_language,
+    dense_llava,
+    finish_vision_language,
+    llava_backbone,
+    tokens_per_image,
+)
 
 __all__ = [
     "FlopCount",
     "Head",
     "ParameterCount",
+    "Vocabulary",
     "bert_backbone",
     "build_classifier",
     "build_decoder",
+    "build_vision_language",
     "count_flops",
     "count_parameters",
     "decoder_backbone",
     "dense_decoder",
+    "dense_llava",
+    "finish_vision_language",
+    "llava_backbone",
     "parameter_groups",
     "shared_expert",
+    "tokens_per_image",
     "vit_backbone",
 ]

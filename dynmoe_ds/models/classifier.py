@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-import torch
 from transformers import (
-    AutoConfig,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedConfig,
@@ -19,15 +16,15 @@ from transformers import (
 )
 
 from dynmoe_ds.config.schema import BertClassifierConfig, RunConfig, ViTClassifierConfig
-from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
+from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model, together
 from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.moe import upcycle
 
-T = TypeVar("T")
 C = TypeVar("C", bound=PreTrainedConfig)
 
+PRETRAINED = "model.pretrained"
 # What fine-tuning starts anew.
 HEAD = "classifier."
 
@@ -63,7 +60,7 @@ def bert_backbone(model: BertClassifierConfig, head: Head, *, vocab_size: int, m
             intermediate_size=model.sizes.ffn_hidden_size,
         )
     else:
-        config = _together(lambda: _pretrained_config(model.pretrained, BertConfig))
+        config = together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["bert"]))
         faults = []
         if vocab_size > config.vocab_size:
             faults.append(
@@ -96,7 +93,7 @@ def vit_backbone(model: ViTClassifierConfig, head: Head, *, image_size: int) -> 
             intermediate_size=model.sizes.ffn_hidden_size,
         )
     else:
-        config = _together(lambda: _pretrained_config(model.pretrained, ViTConfig))
+        config = together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["vit"]))
         if config.image_size != image_size:
             raise ConfigError(
                 f"data.image_size is {image_size} but the model in {model.pretrained} is for images of "
@@ -120,7 +117,10 @@ def build_classifier(config: RunConfig, backbone: BertConfig | ViTConfig) -> Pre
 
     def build() -> PreTrainedModel:
         with seeded_weights(config.seed):
-            model = kind(backbone) if sizes.pretrained is None else _pretrained(kind, sizes.pretrained, backbone)
+            if sizes.pretrained is None:
+                model = kind(backbone)
+            else:
+                model = pretrained_model(PRETRAINED, kind, sizes.pretrained, backbone, new_parts=(HEAD,))
         return upcycle(
             model,
             layers=sizes.moe_layers,
@@ -131,7 +131,7 @@ def build_classifier(config: RunConfig, backbone: BertConfig | ViTConfig) -> Pre
             seed=config.seed,
         )
 
-    model = _together(build)
+    model = together(build)
     checkpoint_activations(model, config.parallel)
     return model
 
@@ -140,56 +140,3 @@ def _finished(config: C, head: Head, dropout: float) -> C:
     head.apply_to(config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     return config
-
-
-def _pretrained_config(folder: str | None, wanted: type[C]) -> C:
-    assert folder is not None, "neither pretrained nor sizes"
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            f"model.pretrained is {folder!r}, which is not a folder here ({Path.cwd()}). Download the model on every "
-            "machine and name its folder."
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.pretrained is {folder!r}, whose configuration cannot be read: {error}") from error
-    if type(config) is not wanted:
-        raise ConfigError(
-            f"model.pretrained is {folder!r}, which holds a model of type {config.model_type} where "
-            f"{wanted.model_type} is needed."
-        )
-    return config
-
-
-def _pretrained(kind: type[PreTrainedModel], folder: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The folder's model with a new head. Raises: ConfigError if anything but the head is not in the folder."""
-    try:
-        model, loaded = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # of the head; the others are looked at below
-            output_loading_info=True,
-        )
-    except Exception as error:  # safetensors and torch raise whatever the first wrong byte leads to
-        raise ConfigError(f"model.pretrained is {folder!r}, whose weights cannot be loaded: {error}") from error
-    absent = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
-    if wrong := sorted(key for key in absent if not key.startswith(HEAD)):
-        raise ConfigError(
-            f"model.pretrained is {folder!r}, whose weights lack {len(wrong)} tensors of its configuration, or have "
-            f"them in other shapes, such as {wrong[0]}."
-        )
-    return model
-
-
-def _together(make: Callable[[], T]) -> T:
-    """What `make` returns. Collective: every rank; an error on one is raised on all."""
-    made, error = None, None
-    try:
-        made = make()
-    except Exception as caught:
-        error = caught
-    raise_together(error)
-    assert made is not None
-    return made

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
 from dynmoe_ds.models.random_weights import seeded_weights
+from dynmoe_ds.models.rotary import keep_frequencies_exact
 from dynmoe_ds.moe import MoELayer, layer_seed
 
 
@@ -46,7 +45,7 @@ def dense_decoder(llama: LlamaConfig, seed: int) -> LlamaForCausalLM:
     """A float32 decoder without experts on the CPU, with random weights; the global random state is left as it was."""
     with seeded_weights(seed):
         model = LlamaForCausalLM(llama)
-    model.model.rotary_emb = _ExactRotaryEmbedding(llama)
+    keep_frequencies_exact(model)
     return model
 
 
@@ -78,19 +77,3 @@ def decoder_backbone(sizes: LlamaModelConfig, vocab_size: int, eos_token_id: int
         use_cache=False,
         attn_implementation="sdpa",
     )
-
-
-class _ExactRotaryEmbedding(LlamaRotaryEmbedding):
-    """Keeps its frequencies in float32 when the model is cast to 16 bits.
-
-    DeepSpeed casts buffers with the parameters. Rounded frequencies would train, but are off by whole radians after a
-    few hundred tokens from those that the exported model computes when it is loaded.
-    """
-
-    inv_freq: Tensor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactRotaryEmbedding:
-        exact = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = exact.to(self.inv_freq.device)
-        return self

@@ -32,6 +32,8 @@ METRICS: dict[str, str] = {
     "train/skipped_steps": "Steps since step 0 whose update was left out for NaN or infinity.",
     "eval/loss": "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error.",
     "eval/accuracy": "Share (0 to 1) of held-out examples whose class is the model's first answer.",
+    "eval/exact_match": "Share (0 to 1) of held-out answers whose every token is the model's first choice.",
+    "eval/exact_match/<kind>": "As eval/exact_match, of the samples of one kind.",
     "eval/f1": "Harmonic mean of precision and recall of class 1 on the held-out examples, 0 to 1.",
     "eval/matthews": "Matthews correlation of answers and classes of the held-out examples, -1 to 1.",
     "eval/pearson": "Pearson correlation of answers and scores of the held-out examples, -1 to 1.",

@@ -42,7 +42,10 @@ def held_out_order(training: TrainingConfig, num_held_out: int) -> HeldOutOrder:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy [B, L - 1] float32 of every token but the first, from `logits` [B, L, V] and `labels` [B, L]."""
+    """Cross entropy [B, L - 1] float32 of every token but the first, from `logits` [B, L, V] and `labels` [B, L].
+
+    0 where the label is -100.
+    """
     predictions, targets = logits[:, :-1].float(), labels[:, 1:]
     return F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

@@ -30,7 +30,7 @@ from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metr
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
 from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
-from dynmoe_ds.training.tasks import build_task
+from dynmoe_ds.training.tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Trainer:
         """Everything that training needs. The run folder last: a run that is refused leaves it as it was."""
         config, timeout_s = self.config, self.config.parallel.process_group_timeout_s
         self.task = build_task(config)
-        self.training_order = _training_order(config, len(self.task.train))
+        self.training_order = _training_order(config, self.task)
         model = self.task.build_model()
         self.parameter_count = count_parameters(model, config.parallel.ep_size)
         self.flop_count = count_flops(model, self.task.tokens_per_example)
@@ -324,15 +324,16 @@ class Trainer:
             )
 
 
-def _training_order(config: RunConfig, num_examples: int) -> TrainingOrder:
+def _training_order(config: RunConfig, task: Task) -> TrainingOrder:
     """The order in which this rank reads the training examples."""
     return TrainingOrder(
         seed=config.seed,
-        num_sequences=num_examples,
+        num_sequences=len(task.train),
         micro_batch_size=config.training.micro_batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        grouping=task.grouping,
     )
 
 

@@ -8,10 +8,10 @@ import pytest
 from tests.helpers.run_config import changed
 
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import EncoderSizes, ImageEncoderSizes, RunConfig
+from dynmoe_ds.config.schema import ImageEncoderSizes, RunConfig, TransformerSizes
 from dynmoe_ds.config.validate import find_faults
 
-BERT_SIZES = EncoderSizes(hidden_size=16, num_layers=24, num_heads=2, ffn_hidden_size=24)
+BERT_SIZES = TransformerSizes(hidden_size=16, num_layers=24, num_heads=2, ffn_hidden_size=24)
 VIT_SIZES = {"hidden_size": 16, "num_layers": 12, "num_heads": 2, "ffn_hidden_size": 24, "patch_size": 16}
 
 

@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import dynmoe_ds as dm
 from dynmoe_ds.config.schema import (
     BertClassifierConfig,
-    EncoderSizes,
     ImageEncoderSizes,
     RunConfig,
+    TransformerSizes,
     ViTClassifierConfig,
 )
 from dynmoe_ds.engine.activation_checkpointing import non_reentrant_checkpoint
@@ -39,7 +39,7 @@ VOCAB_SIZE, LENGTH, IMAGE = 30, 12, 8
 
 
 def bert(**changes: Any) -> RunConfig:
-    model = BertClassifierConfig(**({"pretrained": None, "sizes": EncoderSizes(**SIZES), **POOL} | changes))
+    model = BertClassifierConfig(**({"pretrained": None, "sizes": TransformerSizes(**SIZES), **POOL} | changes))
     return small_run(model=model)
 
 

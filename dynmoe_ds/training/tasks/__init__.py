@@ -1,9 +1,17 @@
 """Tasks: what a run learns. Each is one file that satisfies the protocol `Task`; the kind of data chooses it."""
 
-from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig, TextDataConfig, TokenShardsConfig
+from dynmoe_ds.config.schema import (
+    GlueDataConfig,
+    ImageFolderConfig,
+    LlavaDataConfig,
+    RunConfig,
+    TextDataConfig,
+    TokenShardsConfig,
+)
 from dynmoe_ds.training.tasks.classification import GlueFineTuning, ImageClassification
 from dynmoe_ds.training.tasks.language_modeling import LanguageModeling
 from dynmoe_ds.training.tasks.task import Task
+from dynmoe_ds.training.tasks.vision_language import VisionLanguage
 
 
 def build_task(config: RunConfig) -> Task:
@@ -19,6 +27,8 @@ def build_task(config: RunConfig) -> Task:
             return GlueFineTuning(config)
         case ImageFolderConfig():
             return ImageClassification(config)
+        case LlavaDataConfig():
+            return VisionLanguage(config)
 
 
-__all__ = ["GlueFineTuning", "ImageClassification", "LanguageModeling", "Task", "build_task"]
+__all__ = ["GlueFineTuning", "ImageClassification", "LanguageModeling", "Task", "VisionLanguage", "build_task"]

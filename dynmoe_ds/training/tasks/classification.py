@@ -51,6 +51,10 @@ class _Classification:
         return self.data.train
 
     @property
+    def grouping(self) -> None:
+        return None
+
+    @property
     def token_kinds(self) -> tuple[str, ...]:
         return ()
 

@@ -47,6 +47,10 @@ class LanguageModeling:
         return self.data.train.length
 
     @property
+    def grouping(self) -> None:
+        return None
+
+    @property
     def token_kinds(self) -> tuple[str, ...]:
         return ()
 

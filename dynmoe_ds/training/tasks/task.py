@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dynmoe_ds.data import Examples
+from dynmoe_ds.data import Examples, Grouping
 from dynmoe_ds.training.engine import TrainingEngine
 
 
@@ -27,6 +27,10 @@ class Task(Protocol):
 
     @property
     def tokens_per_example(self) -> int: ...
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """What the order of training goes by; None for a plain shuffle."""
 
     @property
     def token_kinds(self) -> tuple[str, ...]: ...

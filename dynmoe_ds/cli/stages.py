@@ -1,0 +1,103 @@
+"""`dynmoe stages`: the stages of vision-language training one after the other, each from what the last one left."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynmoe_ds.cli import train
+from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+MODEL_FOLDER = "model"  # of training.trainer, which imports torch
+DEFAULT_STAGES = "projector,language,experts"
+_OWN = "stages="
+
+_EXAMPLES = """examples:
+  dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts
+  dynmoe stages experiment=moe_llava_stablelm run_dir=runs/stablelm data.path=train.json ...
+
+A stage's run folder is <run_dir>/<number>_<stage>. The same command goes on where it was stopped: stages that have come
+to their end are left alone. One stage alone: dynmoe train stage=language stage.start=<run folder of the first>/model.
+"""
+
+
+def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command's parser."""
+    parser = verbs.add_parser(
+        "stages",
+        help="train a vision-language model in stages",
+        description="Run `dynmoe train` once per stage, each from the model that the last one left. All stages are "
+        "checked before the first one is started.",
+        epilog=f"{_EXAMPLES}\n{override_help()}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help=f"as of `dynmoe train`, and stages=NAMES: options of the group `stage` (default: {DEFAULT_STAGES})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train the stages; the exit code of the first one that fails, or 0.
+
+    Raises: ConfigError with every fault of every stage, before anything is started.
+    """
+    if "RANK" in os.environ:
+        raise ConfigError("`dynmoe stages` starts launchers itself. Under a launcher use `dynmoe train stage=NAME`.")
+    given = [text for text in arguments.overrides if text.startswith(_OWN)]
+    others = [text for text in arguments.overrides if not text.startswith(_OWN)]
+    names = (given[-1].removeprefix(_OWN) if given else DEFAULT_STAGES).split(",")
+    base = _run_dir(others, names[0])
+    folders = [base / f"{number}_{name}" for number, name in enumerate(names, 1)]
+    left = [folder for folder in folders if not _is_finished(folder)]
+    faults: list[str] = []
+    commands: dict[Path, list[str]] = {}
+    for name, folder, before in zip(names, folders, [None, *folders], strict=False):
+        overrides = [*others, f"stage={name}", f"run_dir={folder}"]
+        if folder in left:
+            faults += [fault for fault in _faults(overrides) if fault not in faults]
+        # Not before: the folder is there only when the stage before has come to its end.
+        commands[folder] = overrides if before is None else [*overrides, f"stage.start={before / MODEL_FOLDER}"]
+    if faults:
+        raise ConfigError(faults)
+    for number, folder in enumerate(folders, 1):
+        print(f"dynmoe: stage {number} of {len(folders)}: {names[number - 1]}", flush=True)
+        if folder not in left:
+            print(f"dynmoe: {folder} has come to its end already", flush=True)
+        elif code := train.run(argparse.Namespace(overrides=commands[folder])):
+            return code
+    return 0
+
+
+def _run_dir(overrides: Sequence[str], first_stage: str) -> Path:
+    """The folder of all stages. Raises: ConfigError if none is given and the configuration cannot be read."""
+    from dynmoe_ds.config.load import load_config
+
+    given = [text.partition("=")[2] for text in overrides if text.startswith("run_dir=")]
+    return Path(given[-1] if given else load_config([*overrides, f"stage={first_stage}"]).run_dir)
+
+
+def _faults(overrides: Sequence[str]) -> Sequence[str]:
+    from dynmoe_ds.config.load import load_config
+
+    try:
+        load_config(overrides)
+    except ConfigError as error:
+        return error.faults
+    return ()
+
+
+def _is_finished(folder: Path) -> bool:
+    from dynmoe_ds.training.run_checkpoints import finished_steps
+
+    return finished_steps(folder) is not None and (folder / MODEL_FOLDER).is_dir()

@@ -1,0 +1,256 @@
+"""Vision-language models: transformers' Llava, the FFNs of whose language model may become MoELayers of copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from dynmoe_ds.config.schema import LlavaModelConfig, RunConfig, StageConfig
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
+from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model, together
+from dynmoe_ds.models.random_weights import seeded_weights
+from dynmoe_ds.models.rotary import keep_frequencies_exact
+from dynmoe_ds.moe import MoELayer, upcycle
+
+VISION, TEXT = "model.vision_pretrained", "model.text_pretrained"
+# The features before the tower's last layer, as in LLaVA.
+FEATURE_LAYER = -2
+
+_TOWERS: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+# What a folder of a whole CLIP or SigLIP says of itself; its vision tower is a part of it.
+_PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """What the language model must know of the tokenizer. size: of the tokenizer, with `image_token_id`."""
+
+    size: int
+    image_token_id: int
+    pad_token_id: int
+    end_token_id: int
+
+
+def llava_backbone(model: LlavaModelConfig, vocabulary: Vocabulary, *, image_size: int, max_length: int) -> LlavaConfig:
+    """Hugging Face's configuration of the model that `model` describes, for such images and texts.
+
+    Collective: every rank. Raises: ConfigError, on every rank, for pretrained folders that cannot be read, hold other
+    models, or are for other images or shorter texts.
+    """
+    return together(lambda: _backbone(model, vocabulary, image_size, max_length))
+
+
+def tokens_per_image(config: LlavaConfig) -> int:
+    """The features of one image, which take the places of as many tokens: a CLIP tower's first one is left out."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def build_vision_language(config: RunConfig, backbone: LlavaConfig) -> LlavaForConditionalGeneration:
+    """The float32 model on the CPU, without experts.
+
+    Weights depend on the pretrained ones and on `config.seed` alone: they are the same on every rank. The global random
+    state is left as it was.
+    Collective: every rank. Raises: ConfigError, on every rank, for weights that cannot be loaded.
+    """
+    sizes = config.model
+    assert isinstance(sizes, LlavaModelConfig), type(sizes).__name__
+
+    def build() -> LlavaForConditionalGeneration:
+        model = dense_llava(backbone, config.seed)
+        if sizes.vision_pretrained is not None:
+            kind = _TOWERS[backbone.vision_config.model_type]
+            model.model.vision_tower = pretrained_model(VISION, kind, sizes.vision_pretrained, backbone.vision_config)
+        if sizes.text_pretrained is not None:
+            _take_text_model(model, sizes.text_pretrained)
+        return model
+
+    return together(build)
+
+
+def dense_llava(backbone: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
+    """A float32 model without experts on the CPU, with random weights; the global random state is left as it was."""
+    with seeded_weights(seed):
+        model = LlavaForConditionalGeneration(backbone)
+        with torch.device("meta"):
+            output = AutoModelForCausalLM.from_config(backbone.text_config).get_output_embeddings()
+        if output.bias is not None:  # as Phi's
+            model.lm_head = nn.Linear(output.in_features, output.out_features)
+    keep_frequencies_exact(model)
+    return model
+
+
+def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConfig) -> LlavaForConditionalGeneration:
+    """`model` itself, ready for the stage: with experts if the stage has them, and all frozen but what it trains.
+
+    Experts are made once, from the FFNs of the stage before; a model that has MoELayers already keeps them.
+    Collective: every rank. Raises: ConfigError, on every rank, for layers or sizes that cannot work, a kind of expert
+    other than the model's, or a model with experts in a stage that has none.
+    """
+    sizes, stage = config.model, config.stage
+    assert isinstance(sizes, LlavaModelConfig) and stage is not None, (type(sizes).__name__, stage)
+
+    def finish() -> LlavaForConditionalGeneration:
+        has_layers = any(isinstance(module, MoELayer) for module in model.modules())
+        if has_layers and not stage.has_experts:
+            raise ConfigError(
+                f"stage.has_experts is false but the model in stage.start ({stage.start}) has experts. Start from a "
+                "model without, or use a stage with experts."
+            )
+        if stage.has_experts and not has_layers:
+            upcycle(
+                model.model.language_model,
+                layers=sizes.moe_layers,
+                num_experts=sizes.num_experts,
+                num_slots=sizes.num_slots,
+                router=config.router,
+                ep_size=config.parallel.ep_size,
+                seed=config.seed,
+            )
+        kinds = {layer.expert_kind for layer in model.modules() if isinstance(layer, MoELayer)}
+        if kinds - {config.expert.kind}:
+            raise ConfigError(
+                f"expert.kind is {config.expert.kind} but the language model's FFNs are {', '.join(sorted(kinds))}. "
+                f"Use expert={min(kinds)}."
+            )
+        return model
+
+    together(finish)
+    checkpoint_activations(model, config.parallel)
+    model.model.register_forward_pre_hook(_see_images_in_vain, with_kwargs=True)
+    freeze_all_but(model, stage.trained)
+    return model
+
+
+def freeze_all_but(model: LlavaForConditionalGeneration, trained: StageConfig | Any) -> None:
+    """Let the named parts (`StageConfig.trained`) require gradients and nothing else."""
+    model.requires_grad_(False)
+    for module in _trained_modules(model, trained):
+        module.requires_grad_(True)
+
+
+def _trained_modules(model: LlavaForConditionalGeneration, trained: Any) -> list[nn.Module]:
+    inner = model.model
+    found: list[nn.Module] = []
+    for part in trained:
+        match part:
+            case "vision_tower":
+                found.append(inner.vision_tower)
+            case "projector":
+                found.append(inner.multi_modal_projector)
+            case "language_model":
+                found += [inner.language_model, model.lm_head]
+            case "experts":
+                layers = [module for module in inner.modules() if isinstance(module, MoELayer)]
+                found += [part for layer in layers for part in (layer.router, layer.experts)]
+    return found
+
+
+def _backbone(model: LlavaModelConfig, vocabulary: Vocabulary, image_size: int, max_length: int) -> LlavaConfig:
+    vision, text = _vision(model, image_size), _text(model, vocabulary, max_length)
+    text.vocab_size = max(text.vocab_size, vocabulary.size)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=vocabulary.image_token_id,
+        image_seq_length=(image_size // vision.patch_size) ** 2,
+        vision_feature_layer=FEATURE_LAYER,
+        # SigLIP has no token of its own before the patches.
+        vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        pad_token_id=vocabulary.pad_token_id,
+        eos_token_id=vocabulary.end_token_id,
+    )
+
+
+def _vision(model: LlavaModelConfig, image_size: int) -> PreTrainedConfig:
+    if (sizes := model.vision_sizes) is not None:
+        return CLIPVisionConfig(
+            image_size=image_size,
+            patch_size=sizes.patch_size,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            intermediate_size=sizes.ffn_hidden_size,
+        )
+    found = pretrained_config(VISION, model.vision_pretrained, [*_TOWERS, *_PAIRS])
+    vision = found.vision_config if found.model_type in _PAIRS else found
+    assert isinstance(vision, CLIPVisionConfig | SiglipVisionConfig), type(vision)
+    if vision.image_size != image_size:
+        raise ConfigError(
+            f"data.image_size is {image_size} but the tower in {model.vision_pretrained} is for images of "
+            f"{vision.image_size}. Use data.image_size={vision.image_size}."
+        )
+    return vision
+
+
+def _text(model: LlavaModelConfig, vocabulary: Vocabulary, max_length: int) -> PreTrainedConfig:
+    if (sizes := model.text_sizes) is not None:
+        return LlamaConfig(
+            vocab_size=vocabulary.size,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            intermediate_size=sizes.ffn_hidden_size,
+            max_position_embeddings=max_length,
+            bos_token_id=None,
+            eos_token_id=vocabulary.end_token_id,
+            pad_token_id=vocabulary.pad_token_id,
+        )
+    found = pretrained_config(TEXT, model.text_pretrained)
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{TEXT} is {model.text_pretrained!r}, which holds a model of type {found.model_type} where a decoder that "
+            "writes text is needed."
+        )
+    if (longest := getattr(found, "max_position_embeddings", max_length)) < max_length:
+        raise ConfigError(
+            f"data.sequence_length is {max_length} but the model in {model.text_pretrained} takes at most {longest} "
+            f"tokens. Use {longest} or fewer."
+        )
+    return found
+
+
+def _take_text_model(model: LlavaForConditionalGeneration, folder: str) -> None:
+    """Put the folder's decoder into `model`, with rows for tokens that its tokenizer has got since."""
+    wanted = model.config.text_config.vocab_size
+    own = pretrained_config(TEXT, folder)
+    decoder: Any = pretrained_model(TEXT, AutoModelForCausalLM, folder, own)
+    if own.vocab_size < wanted:
+        decoder.resize_token_embeddings(wanted)
+    model.model.language_model = decoder.base_model
+    model.lm_head = decoder.get_output_embeddings()
+    keep_frequencies_exact(model)
+
+
+def _see_images_in_vain(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Let images that no token stands for pass tower and projector, and count for nothing.
+
+    A batch of text alone brings a blank image, so that both take part in every rank's forward and backward pass:
+    gradients of the projector are reduced, and at ZeRO-3 weights gathered, by all ranks together.
+    """
+    ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
+    inner: Any = module
+    if ids is None or pixels is None or bool((ids == inner.config.image_token_id).any()):
+        return None
+    features = inner.get_image_features(pixels, return_dict=True).pooler_output
+    nothing = sum(feature.sum() for feature in features) * 0.0
+    embedded = inner.get_input_embeddings()(ids) + nothing
+    return args, {**kwargs, "input_ids": None, "pixel_values": None, "inputs_embeds": embedded}

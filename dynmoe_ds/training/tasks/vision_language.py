@@ -1,0 +1,207 @@
+"""A vision-language model learns to answer about images, in stages."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from dynmoe_ds.config.schema import LlavaDataConfig, LlavaModelConfig, RunConfig
+from dynmoe_ds.data import (
+    ConversationExamples,
+    Grouping,
+    HeldOutOrder,
+    ImageInput,
+    load_conversations,
+    load_pretrained_tokenizer,
+)
+from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.errors import ConfigError, DataError
+from dynmoe_ds.export import load_model
+from dynmoe_ds.models import (
+    Vocabulary,
+    build_vision_language,
+    finish_vision_language,
+    llava_backbone,
+    tokens_per_image,
+)
+from dynmoe_ds.moe import labelled
+from dynmoe_ds.training.engine import TrainingEngine
+from dynmoe_ds.training.evaluation import eval_mode, held_out_order, token_losses
+
+TOKENIZER_FOLDER = "tokenizer"
+INPUT_FILE = "vision_language.json"
+IMAGE_TOKEN = "<image>"
+# Per channel, of CLIP's training images: what its towers expect, and ours with random weights.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+logger = logging.getLogger(__name__)
+
+
+class VisionLanguage:
+    """Conversations about images. It reports `eval/loss` per learned token and `eval/exact_match` per sample.
+
+    An answer matches if each of its tokens is the model's first choice after those before, which is what greedy
+    decoding would write.
+    Collective: construction, which loads data and configurations. Raises: DataError or ConfigError, on every rank, for
+    data that cannot be used, or that a pretrained model cannot take.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.data, LlavaDataConfig), type(config.data).__name__
+        assert isinstance(config.model, LlavaModelConfig), type(config.model).__name__
+        assert config.stage is not None, "checked with the configuration"
+        self.config, self.stage = config, config.stage
+        self.tokenizer = load_pretrained_tokenizer(config.data.tokenizer)
+        vocabulary = _vocabulary(self.tokenizer)
+        self.backbone: LlavaConfig = llava_backbone(
+            config.model, vocabulary, image_size=config.data.image_size, max_length=config.data.sequence_length
+        )
+        self.image = ImageInput(
+            size=config.data.image_size, num_tokens=tokens_per_image(self.backbone), mean=CLIP_MEAN, std=CLIP_STD
+        )
+        self.data = load_conversations(config.data, self.tokenizer, self.image, vocabulary.image_token_id)
+
+    @property
+    def train(self) -> ConversationExamples:
+        return self.data.train
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.data.held_out)
+
+    @cached_property
+    def grouping(self) -> Grouping | None:
+        assert isinstance(self.config.data, LlavaDataConfig)
+        return self.data.train.grouping() if self.config.data.group else None
+
+    @cached_property
+    def tokens_per_example(self) -> int:
+        """The mean, images included, without padding."""
+        return round(sum(map(self.train.length, range(len(self.train)))) / len(self.train))
+
+    @property
+    def token_kinds(self) -> tuple[str, ...]:
+        return self.data.train.token_kinds
+
+    def build_model(self) -> nn.Module:
+        model = self._start()
+        finish_vision_language(model, self.config)
+        _announce_trained(model, self.stage.trained)
+        return model
+
+    def _start(self) -> LlavaForConditionalGeneration:
+        """The model that the stage starts from, float32."""
+        if self.stage.start is None:
+            return build_vision_language(self.config, self.backbone)
+        model = load_model(self.stage.start, self.config.parallel.ep_size, self.config.model.num_slots).float()
+        if not isinstance(model, LlavaForConditionalGeneration):
+            raise ConfigError(f"stage.start is {self.stage.start}, which holds a {type(model).__name__}.")
+        for key in ("image_token_id", "image_seq_length"):
+            theirs, ours = getattr(model.config, key), getattr(self.backbone, key)
+            if theirs != ours:
+                raise ConfigError(
+                    f"stage.start is {self.stage.start}, whose {key} is {theirs}, but data.tokenizer and "
+                    f"data.image_size make it {ours}. Use the data settings of the run that left it."
+                )
+        return model.train()
+
+    def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
+        examples = self.data.held_out
+        answers = answer_losses(engine, examples, held_out_order(self.config.training, self.num_held_out))
+        index, losses, num_tokens, is_exact = answers.unbind(1)
+        values = {
+            "eval/loss": float(losses.sum() / num_tokens.sum()),
+            "eval/exact_match": float(is_exact.mean()),
+        }
+        kinds = [examples.samples[int(i)].kind for i in index]
+        for kind in sorted({kind for kind in kinds if kind is not None}):
+            is_of_kind = torch.tensor([kind == other for other in kinds])
+            values[f"eval/exact_match/{kind}"] = float(is_exact[is_of_kind].mean())
+        return values
+
+    def write_files(self, folder: Path) -> None:
+        """The tokenizer, and how images become input."""
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        told = {
+            "image_size": self.image.size,
+            "tokens_per_image": self.image.num_tokens,
+            "image_token_id": self.backbone.image_token_id,
+            "mean": self.image.mean,
+            "std": self.image.std,
+        }
+        (folder / INPUT_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+    def sample(self, engine: TrainingEngine) -> str | None:
+        return None
+
+
+def answer_losses(engine: TrainingEngine, examples: ConversationExamples, order: HeldOutOrder) -> Tensor:
+    """Of every example once, in their order: [N, 4] float64 on the CPU, equal on all ranks.
+
+    The columns are its index, the summed cross entropy of its learned tokens in nats, their number, and 1 if each of
+    them is the model's first choice.
+    Collective: every rank, each with its own `order`; all run the same number of forwards.
+    """
+    rows = []
+    with eval_mode(engine):
+        for indices, weights in order:
+            batch = examples.batch(indices, engine.device)
+            labels = batch.pop("labels")
+            is_counted = torch.tensor(weights, device=engine.device) > 0
+            with labelled(is_counted=is_counted):
+                logits = engine(**batch).logits
+            is_learned = labels[:, 1:] != IGNORED
+            is_wrong = is_learned & (logits[:, :-1].argmax(-1) != labels[:, 1:])
+            columns = (
+                is_counted,
+                torch.tensor(indices, device=engine.device),
+                token_losses(logits, labels).sum(1),
+                is_learned.sum(1),
+                ~is_wrong.any(1),
+            )
+            rows.append(torch.stack([column.double() for column in columns], dim=1))
+    table = _of_all_ranks(torch.cat(rows)).cpu()
+    table = table[table[:, 0] > 0]  # repeats that fill the last batches count for nothing
+    return table[table[:, 1].argsort()][:, 1:]
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows of every rank, equally many on each. Collective: every rank."""
+    if not dist.is_initialized():
+        return rows
+    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, rows)
+    return torch.cat(everyone)
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+    """A tokenizer without an image token gets one beyond its end.
+
+    Raises: DataError for one without an end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("data.tokenizer names no end-of-text token (eos_token). Use the folder of a language model.")
+    known = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    return Vocabulary(
+        size=len(tokenizer) + (known is None),
+        image_token_id=len(tokenizer) if known is None else known,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        end_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _announce_trained(model: nn.Module, parts: Sequence[str]) -> None:
+    """Say on rank 0 what trains. Sizes are of this rank's share of the experts."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    total = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    logger.info("Training %s: %.2fM of %.2fM parameters on this rank", ", ".join(parts), trained / 1e6, total / 1e6)
