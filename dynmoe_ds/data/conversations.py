@@ -27,11 +27,15 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns of a human and the model, the human's first. images: one for every IMAGE_MARKER in the turns, in order."""
+    """Turns of a human and the model, the human's first. images: one for every IMAGE_MARKER in the turns, in order.
+
+    kind: what is asked, in a word of the data set's own, where it says so.
+    """
 
     name: str
     images: tuple[Path, ...]
     turns: tuple[Turn, ...]
+    kind: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,8 +81,9 @@ def read_conversations(
     """The conversations of a JSON file, in its order, and the samples left out.
 
     The file is a list of samples: `id`; `image`, absent for text alone, a path below `image_folder` or a list of them;
-    `conversations`, a list of turns with `from` (`human` or `gpt`) and `value`. Turns before the human's first one are
-    left out. Every image must exist; whether it can be decoded is found when it is needed.
+    `conversations`, a list of turns with `from` (`human` or `gpt`) and `value`; `kind`, a text that may be absent.
+    Turns before the human's first one are left out. Every image must exist; whether it can be decoded is found when it
+    is needed.
 
     Raises: DataError for a file that cannot be read or is no such list, without any sample that can be used, and,
     with `on_broken` `stop`, for broken samples, all of which are counted first.
@@ -124,7 +129,10 @@ def _conversation(name: str, sample: Any, image_folder: Path | None) -> Conversa
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if num_markers != len(images):
         raise _Broken(f"there is not one {IMAGE_MARKER} for every image", f"{num_markers} for {len(images)}")
-    return Conversation(name=name, images=images, turns=turns)
+    kind = sample.get("kind")
+    if kind is not None and not isinstance(kind, str):
+        raise _Broken("`kind` is no text", repr(kind))
+    return Conversation(name=name, images=images, turns=turns, kind=kind)
 
 
 def _turns(given: Any) -> Iterator[Turn]:

@@ -55,6 +55,11 @@ def test_images_texts_and_order_are_those_of_the_file(folder: Path) -> None:
         ]
 
 
+def test_a_kind_is_read_and_may_be_absent(folder: Path) -> None:
+    kept, _ = read_conversations(write(folder, [sample(kind="sum"), sample(), sample(kind=None)]), folder)
+    assert [one.kind for one in kept] == ["sum", None, None]
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "no object": ("text", "a sample is no object: number 0 (str)"),
     "no turns": (sample(conversations=[]), "`conversations` is no list of turns: a"),
@@ -69,6 +74,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "missing file": (sample(image="three.png"), "an image is missing: a ("),
     "a number": (sample(image=3), "`image` is neither a path nor a list of paths: a"),
     "no marker": (sample(image=["one.png", "two.png"]), "not one <image> for every image: a (1 for 2)"),
+    "kind of no text": (sample(kind=3), "`kind` is no text: a (3)"),
     "no image": (sample(image=None), "not one <image> for every image: a (1 for 0)"),
 }
 
