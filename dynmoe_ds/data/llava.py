@@ -209,7 +209,7 @@ def _encoded(
     tokens = encode(conversation, tokenizer, template, image_token_id=image_token_id, tokens_per_image=1)
     return Sample(
         name=conversation.name,
-        kind=None,
+        kind=conversation.kind,
         images=conversation.images,
         ids=np.array(tokens.input_ids, np.int32),
         labels=np.array(tokens.labels, np.int32),
