@@ -20,6 +20,8 @@ from tests.helpers.spawn import run_ranks
 
 STAGES = (0, 1, 2, 3)
 ADAPTATION = dm.AdaptationConfig(4, 3)  # windows are steps 2 to 4, 6 to 8 and 10 to 12
+# Which of two experts is nearer to a new one may depend on the last bit of a weight in bf16; their mean does not.
+BF16_ADAPTATION = dm.AdaptationConfig(4, 3, seeding="mean")
 SAVED_AT = (3, 4, 7)  # in the middle of a window, right after an adaptation, in the middle of the next window
 END = 12
 FLOAT32 = 5e-6
@@ -29,7 +31,7 @@ BF16 = 2e-3  # losses near 1, of weights that are rounded in another order
 def make(ep_size: int, stage: int, *, bf16: bool = False, num_slots: int = 8, **options: Any) -> Any:
     router = options.pop("router", "top_any")
     model = TinyModel(ep_size, num_experts=options.pop("num_experts", 3), num_slots=num_slots, router=router)
-    return dm.initialize(model, deepspeed_config(stage, bf16=bf16, **options), ADAPTATION)
+    return dm.initialize(model, deepspeed_config(stage, bf16=bf16, **options), BF16_ADAPTATION if bf16 else ADAPTATION)
 
 
 def rest(engine: Any, rank: int, world_size: int, first: int) -> dict[str, Any]:
