@@ -1,0 +1,30 @@
+"""A tiny vision-language run on handwritten digits, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynmoe_ds.config.load import load_config
+from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.data.digit_questions import write_digit_questions
+
+TINY = (
+    "experiment=demo_vl", "parallel=single", "telemetry=disabled", "router=top_any", "adaptation=none",
+    "model.vision_sizes.hidden_size=32", "model.vision_sizes.num_layers=2", "model.vision_sizes.ffn_hidden_size=32",
+    "model.text_sizes.hidden_size=32", "model.text_sizes.num_layers=3", "model.text_sizes.ffn_hidden_size=32",
+    "training.steps=4", "training.eval_every_steps=4", "training.micro_batch_size=4", "training.log_every_steps=2",
+    "optim.warmup_steps=1",
+)  # fmt: skip
+
+
+def write_digits(folder: Path) -> Path:
+    """48 samples to learn from and 10 held out."""
+    write_digit_questions(folder, num_train=48, num_held_out=10)
+    return folder
+
+
+def tiny_run(digits: Path, run_dir: Path, stage: str, *overrides: str) -> RunConfig:
+    """Four steps of a stage: a decoder of three layers, of which 0 and 2 may have experts, and images of 16 tokens."""
+    data = {"path": "train.json", "held_out_path": "held_out.json", "image_folder": "images", "tokenizer": "tokenizer"}
+    paths = [f"data.{key}={digits / name}" for key, name in data.items()]
+    return load_config([*TINY, *paths, f"run_dir={run_dir}", f"stage=demo_{stage}", *overrides])
