@@ -24,7 +24,7 @@ def keep_greatest(chosen: Tensor, margins: Tensor, k_max: int | None) -> Tensor:
     return chosen & torch.zeros_like(chosen).scatter(1, greatest, True)
 
 
-def best_expert(tokens: Tensor, margins: Tensor, active: Tensor) -> Tensor:
-    """[T, S] bool: for each of `tokens` [T] bool the live slot of the greatest of `margins` [T, S], else nothing."""
-    best = margins.detach().masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
-    return torch.zeros_like(margins, dtype=torch.bool).scatter(1, best, tokens[:, None])
+def best_expert(tokens: Tensor, merits: Tensor, active: Tensor) -> Tensor:
+    """[T, S] bool: for each of `tokens` [T] bool the live slot of the greatest of `merits` [T, S], else nothing."""
+    best = merits.detach().masked_fill(~active, -torch.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(merits, dtype=torch.bool).scatter(1, best, tokens[:, None])

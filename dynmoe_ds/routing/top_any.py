@@ -29,8 +29,9 @@ class TopAnyConfig(RouterConfig):
     the softmax. weighting: `average` gives every chosen expert 1/k, `softmax` its share of exp(τ s) among the chosen
     ones. straight_through: which margins the gate's gradient reaches, `all_live` (paper) or `active_only` (the authors'
     code). training_fallback: what happens in training to a token without an open gate, `none` (its output is zero) or
-    `top_1` (its best live expert, whose forced gate keeps its gradient); at evaluation it is always `top_1`. The best
-    expert is the one with the greatest margin. Each auxiliary loss has its own full weight, without a common factor;
+    `top_1` (its best live expert, whose forced gate keeps its gradient); at evaluation it is always `top_1`.
+    fallback_by: which expert is the best there, the one with the greatest `margin` or, as in the authors' code, with
+    the greatest `score` whatever the thresholds. Each auxiliary loss has its own full weight, without a common factor;
     price_weight is per open expert and token, efficiency_weight per share of the live experts that are open.
     load_balance_gradient: what the load-balance loss differentiates, the published `gates`, which closes them too, or
     the `shares` g/k, which only moves load (see `losses.load_balance`). k_max: most experts per token; of its open
@@ -49,6 +50,7 @@ class TopAnyConfig(RouterConfig):
     weighting: Literal["average", "softmax"] = "average"
     straight_through: Literal["active_only", "all_live"] = "all_live"
     training_fallback: Literal["none", "top_1"] = "none"
+    fallback_by: Literal["margin", "score"] = "margin"
     diversity_weight: float = 0.01
     simplicity_weight: float = 0.01
     load_balance_weight: float = 0.0
@@ -61,8 +63,10 @@ class TopAnyConfig(RouterConfig):
 
     @classmethod
     def authors_code(cls) -> TopAnyConfig:
-        """The losses and the straight-through gradient of the authors' public code: four terms, 0.01 each."""
-        return cls(straight_through="active_only", load_balance_weight=0.01, efficiency_weight=0.01)
+        """The losses (four terms, 0.01 each), straight-through gradient and fallback of the authors' public code."""
+        return cls(
+            straight_through="active_only", fallback_by="score", load_balance_weight=0.01, efficiency_weight=0.01
+        )
 
     @classmethod
     def recommended(cls) -> TopAnyConfig:
@@ -100,6 +104,7 @@ class TopAnyConfig(RouterConfig):
             "weighting": ("average", "softmax"),
             "straight_through": ("active_only", "all_live"),
             "training_fallback": ("none", "top_1"),
+            "fallback_by": ("margin", "score"),
             "load_balance_gradient": ("gates", "shares"),
         }
         for name, allowed in choices.items():
@@ -206,7 +211,7 @@ class TopAnyRouter(Router):
             unrouted = without_choice(chosen, real)
             chosen = keep_greatest(chosen, margins, config.k_max)
             if not self.training or config.training_fallback == "top_1":
-                chosen = chosen | best_expert(unrouted, margins, active)
+                chosen = chosen | best_expert(unrouted, margins if config.fallback_by == "margin" else scores, active)
 
             reached = eligible if config.straight_through == "all_live" else chosen
             gates = chosen.to(dtype) + torch.where(reached, margins - margins.detach(), 0.0)

@@ -131,7 +131,8 @@ def expected(
             if not chosen:
                 unrouted.append(h.detach())
                 if not training or config.training_fallback == "top_1":
-                    chosen = [max(live, key=lambda e: soft[e].item())]
+                    merits = soft if config.fallback_by == "margin" else score
+                    chosen = [max(live, key=lambda e: merits[e].item())]
             gate = {}
             for e in live:
                 gate[e] = torch.tensor(float(e in chosen), dtype=torch.float64)

@@ -35,6 +35,7 @@ def test_default_is_the_paper():
         "weighting": "average",
         "straight_through": "all_live",
         "training_fallback": "none",
+        "fallback_by": "margin",
         "diversity_weight": 0.01,
         "simplicity_weight": 0.01,
         "load_balance_weight": 0.0,
@@ -55,6 +56,7 @@ def test_presets():
     assert list(best.aux_loss_weights().values()) == [0.0, 0.0, 0.01, 0.0, 0.01 / 16]
     assert (best.score, best.temperature, best.weighting) == ("softmax", 1.0, "softmax")
     assert (best.straight_through, best.training_fallback) == ("all_live", "top_1")
+    assert (code.fallback_by, best.fallback_by) == ("score", "margin")
     assert (code.load_balance_gradient, best.load_balance_gradient) == ("gates", "shares")
     assert router_config("top_any_budget") == replace(
         best, load_balance_gradient="gates", price_weight=0.0, budget=BudgetConfig(target_k=2.0)
@@ -80,6 +82,15 @@ def test_token_without_an_open_gate_takes_the_best_live_expert(how):
     assert routing.mask[1:].tolist() == [[False, True, False], [True, False, False]]
     assert routing.weights[1:].tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     assert routing.unrouted.tolist() == [False, True, True]  # before the fallback
+
+
+def test_fallback_by_score_does_not_ask_for_thresholds():
+    # Token 1 scores (-1, 0) against (-0.9, 0.9): σ(−1) − σ(−0.9) is −0.02, σ(0) − σ(0.9) is −0.21.
+    by_margin = route(threshold=(-0.9, 0.9, -2.0), training=False)
+    by_score = route(threshold=(-0.9, 0.9, -2.0), training=False, fallback_by="score")
+    assert by_margin.mask[1].tolist() == [True, False, False]
+    assert by_score.mask[1].tolist() == [False, True, False]
+    assert by_score.unrouted[1]
 
 
 def test_softmax_weights_over_the_chosen_experts():
@@ -326,6 +337,7 @@ def test_bias_and_budget_hold_load_and_k_together():
         ({"weighting": "max"}, "router.weighting is 'max'. Use average or softmax."),
         ({"straight_through": "all"}, "router.straight_through is 'all'. Use active_only or all_live."),
         ({"training_fallback": "top_2"}, "router.training_fallback is 'top_2'. Use none or top_1."),
+        ({"fallback_by": "gate"}, "router.fallback_by is 'gate'. Use margin or score."),
         ({"temperature": 0.0}, "router.temperature is 0.0 but must be above 0."),
         ({"temperature": float("nan")}, "router.temperature is nan but must be above 0."),
         *(
