@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dynmoe_ds.config.load import load_config
     from dynmoe_ds.dispatch import DispatchConfig
     from dynmoe_ds.engine import initialize
-    from dynmoe_ds.export import load_model, save_model
+    from dynmoe_ds.export import import_dynmoe_checkpoint, import_top_k_model, load_model, save_model
     from dynmoe_ds.moe import MoELayer, StepLedger, upcycle
     from dynmoe_ds.routing import (
         BudgetConfig,
@@ -46,6 +46,8 @@ _ROOMS = {
     "TopKConfig": "routing",
     "TopPConfig": "routing",
     "Trainer": "training",
+    "import_dynmoe_checkpoint": "export",
+    "import_top_k_model": "export",
     "initialize": "engine",
     "load_config": "config.load",
     "load_model": "export",
@@ -80,6 +82,8 @@ __all__ = [
     "TopPConfig",
     "Trainer",
     "errors",
+    "import_dynmoe_checkpoint",
+    "import_top_k_model",
     "initialize",
     "load_config",
     "load_model",

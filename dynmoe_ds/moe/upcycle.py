@@ -64,13 +64,13 @@ def upcycle(
     if faults:
         raise ConfigError(faults)
     current_layout(ep_size)  # raises if the ranks do not fit
-    found = _find_ffns(model)
+    found = find_ffns(model)
     chosen = [found[index] for index in _indices(layers, sorted(found))]
     if parts > 1 and (uneven := [ffn for ffn in chosen if ffn.ffn_hidden_size % parts]):
         raise ConfigError(
             f"parts is {parts} but must divide the hidden units of {uneven[0].path}, {uneven[0].ffn_hidden_size}."
         )
-    kinds = _expert_kinds(chosen)
+    kinds = expert_kinds(chosen)
     seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
     for ffn, kind in zip(chosen, kinds, strict=True):
         layer = MoELayer(
@@ -121,7 +121,7 @@ _FORMS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _FFN:
+class FFN:
     """An FFN of a model: `block` is its module at `path`, in the layer `index`."""
 
     form: _Form
@@ -158,7 +158,7 @@ class _FFN:
         return found
 
 
-def _find_ffns(model: nn.Module) -> dict[int, _FFN]:
+def find_ffns(model: nn.Module) -> dict[int, FFN]:
     """The FFNs of the model by layer.
 
     Raises: ConfigError if there are none, or in more than one place, or if the model was upcycled before.
@@ -167,7 +167,7 @@ def _find_ffns(model: nn.Module) -> dict[int, _FFN]:
         raise ConfigError(
             f"The model has MoELayers already: {', '.join(present)}. Upcycle a dense model, all its layers in one call."
         )
-    by_place: dict[str, dict[int, _FFN]] = {}
+    by_place: dict[str, dict[int, FFN]] = {}
     for path, block in model.named_modules():
         form = next((form for form in _FORMS if _has_form(block, form)), None)
         parts = path.split(".")
@@ -175,7 +175,7 @@ def _find_ffns(model: nn.Module) -> dict[int, _FFN]:
         if form is not None and position is not None:
             place = ".".join([*parts[:position], "*", *parts[position + 1 :]])
             index = int(parts[position])
-            by_place.setdefault(place, {})[index] = _FFN(form=form, block=block, path=path, index=index)
+            by_place.setdefault(place, {})[index] = FFN(form=form, block=block, path=path, index=index)
     if not by_place:
         raise ConfigError(
             f"{type(model).__name__} has no feed-forward network of a known form in numbered layers. Known are "
@@ -228,7 +228,7 @@ def _indices(layers: str | Sequence[int], present: list[int]) -> list[int]:
     return sorted(chosen)
 
 
-def _expert_kinds(ffns: list[_FFN]) -> list[str]:
+def expert_kinds(ffns: list[FFN]) -> list[str]:
     """The kind of expert that computes what each FFN does. Raises: ConfigError with every FFN that none would."""
     kinds, faults = [], []
     for ffn in ffns:
@@ -243,7 +243,7 @@ def _expert_kinds(ffns: list[_FFN]) -> list[str]:
     return kinds
 
 
-def _form_faults(ffn: _FFN) -> list[str]:
+def _form_faults(ffn: FFN) -> list[str]:
     """Whether the FFN feeds tokens in chunks, has biases where experts have none, or the other way round."""
     if getattr(ffn.block, "chunk_size_feed_forward", 0) > 0:
         return [f"{ffn.path} feeds tokens in chunks, whose padding is not known. Set chunk_size_feed_forward to 0."]
@@ -260,7 +260,7 @@ def _form_faults(ffn: _FFN) -> list[str]:
 
 
 @torch.no_grad()
-def _expert_kind(ffn: _FFN) -> str | None:
+def _expert_kind(ffn: FFN) -> str | None:
     """The kind of expert that computes the same with the FFN's weights, in float64 and in training mode."""
     device = ffn.linear("1").weight.device
     # From the activation's linear part to values far beyond those that training sees.
@@ -279,7 +279,7 @@ def _expert_kind(ffn: _FFN) -> str | None:
     return None
 
 
-def _unlike_any_expert(ffn: _FFN) -> str:
+def _unlike_any_expert(ffn: FFN) -> str:
     """The error for an FFN that no expert could replace."""
     linears = [ffn.linear(number) for number in ffn.form.linears]
     others = {
@@ -295,7 +295,7 @@ def _unlike_any_expert(ffn: _FFN) -> str:
 
 
 @torch.no_grad()
-def _fill(layer: MoELayer, ffn: _FFN, noise: float, parts: int) -> None:
+def _fill(layer: MoELayer, ffn: FFN, noise: float, parts: int) -> None:
     """Give every live expert of this rank the FFN's parameters, or its part of them."""
     first, inner = layer.local_slots.start, layer.ffn_hidden_size
     for name, source in ffn.parameters().items():
