@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlavaConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.checkpoint.entries import Entry, entries, moe_layers, tied_names
@@ -32,7 +33,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import dense_decoder, dense_llava, shared_expert
+from dynmoe_ds.models import dense_model, shared_expert
 from dynmoe_ds.moe import MoELayer, Placement
 
 
@@ -202,18 +203,13 @@ def _load(folder: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
 
 def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
     """The model with its layers and placements; its weights are of no meaning yet."""
-    model: PreTrainedModel
-    match manifest.model_class:
-        case "LlamaForCausalLM" if manifest.config is not None:
-            model = dense_decoder(LlamaConfig.from_dict(dict(manifest.config)), seed=0)
-        case "LlavaForConditionalGeneration" if manifest.config is not None:
-            model = dense_llava(LlavaConfig.from_dict(dict(manifest.config)), seed=0)
-        case _:
-            raise CheckpointError(
-                f"{path} describes a {manifest.model_class}, but load_model builds LlamaForCausalLM and "
-                f"LlavaForConditionalGeneration only. Build the model in your own code and read {WEIGHTS_FILE} with "
-                "safetensors."
-            )
+    kind = getattr(transformers, manifest.model_class, None)
+    if manifest.config is None or not (isinstance(kind, type) and issubclass(kind, GenerationMixin)):
+        raise CheckpointError(
+            f"{path} describes a {manifest.model_class}, but load_model builds transformers' models that write text "
+            f"only. Build the model in your own code and read {WEIGHTS_FILE} with safetensors."
+        )
+    model: PreTrainedModel = dense_model(kind, dict(manifest.config), seed=0)
     for name, described in manifest.layers.items():
         layer = _build_layer(name, described, path, ep_size, num_slots)
         layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)

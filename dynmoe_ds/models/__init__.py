@@ -1,13 +1,13 @@
 """Hugging Face backbones with MoELayers in the place of some of their MLPs."""
 
 from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, vit_backbone
-from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, dense_decoder, shared_expert
+from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, shared_expert
+from dynmoe_ds.models.dense import dense_model
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
 from dynmoe_ds.models.vision_language import (
     Vocabulary,
     build_vision_language,
-    dense_llava,
     finish_vision_language,
     llava_backbone,
     tokens_per_image,
@@ -25,8 +25,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "decoder_backbone",
-    "dense_decoder",
-    "dense_llava",
+    "dense_model",
     "finish_vision_language",
     "llava_backbone",
     "parameter_groups",

@@ -8,8 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
+from dynmoe_ds.models.dense import dense_model
 from dynmoe_ds.models.random_weights import seeded_weights
-from dynmoe_ds.models.rotary import keep_frequencies_exact
 from dynmoe_ds.moe import MoELayer, layer_seed
 
 
@@ -24,7 +24,7 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
     assert isinstance(sizes, LlamaModelConfig), f"build_decoder was given {type(sizes).__name__}"
     assert isinstance(data, TextDataConfig | TokenShardsConfig), f"build_decoder was given {type(data).__name__}"
     llama = decoder_backbone(sizes, vocab_size, eos_token_id, data.sequence_length)
-    model = dense_decoder(llama, config.seed)
+    model = dense_model(LlamaForCausalLM, llama, config.seed)
     for index in sizes.moe_layers():
         model.model.layers[index].mlp = MoELayer(
             hidden_size=sizes.hidden_size,
@@ -38,14 +38,6 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
             shared=shared_expert(llama, sizes.shared_ffn_hidden_size, layer_seed(config.seed, index)),
         )
     checkpoint_activations(model, config.parallel)
-    return model
-
-
-def dense_decoder(llama: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A float32 decoder without experts on the CPU, with random weights; the global random state is left as it was."""
-    with seeded_weights(seed):
-        model = LlamaForCausalLM(llama)
-    keep_frequencies_exact(model)
     return model
 
 

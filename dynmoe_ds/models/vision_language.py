@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -14,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaModel,
     PreTrainedConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -22,8 +22,8 @@ from transformers import (
 from dynmoe_ds.config.schema import LlavaModelConfig, RunConfig, StageConfig
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
+from dynmoe_ds.models.dense import dense_model
 from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model, together
-from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.models.rotary import keep_frequencies_exact
 from dynmoe_ds.moe import MoELayer, upcycle
 
@@ -72,7 +72,7 @@ def build_vision_language(config: RunConfig, backbone: LlavaConfig) -> LlavaForC
     assert isinstance(sizes, LlavaModelConfig), type(sizes).__name__
 
     def build() -> LlavaForConditionalGeneration:
-        model = dense_llava(backbone, config.seed)
+        model = dense_model(LlavaForConditionalGeneration, backbone, config.seed)
         if sizes.vision_pretrained is not None:
             kind = _TOWERS[backbone.vision_config.model_type]
             model.model.vision_tower = pretrained_model(VISION, kind, sizes.vision_pretrained, backbone.vision_config)
@@ -81,18 +81,6 @@ def build_vision_language(config: RunConfig, backbone: LlavaConfig) -> LlavaForC
         return model
 
     return together(build)
-
-
-def dense_llava(backbone: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
-    """A float32 model without experts on the CPU, with random weights; the global random state is left as it was."""
-    with seeded_weights(seed):
-        model = LlavaForConditionalGeneration(backbone)
-        with torch.device("meta"):
-            output = AutoModelForCausalLM.from_config(backbone.text_config).get_output_embeddings()
-        if output.bias is not None:  # as Phi's
-            model.lm_head = nn.Linear(output.in_features, output.out_features)
-    keep_frequencies_exact(model)
-    return model
 
 
 def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConfig) -> LlavaForConditionalGeneration:
@@ -132,7 +120,7 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
 
     together(finish)
     checkpoint_activations(model, config.parallel)
-    model.model.register_forward_pre_hook(_see_images_in_vain, with_kwargs=True)
+    model.model.__class__ = _SeesImagesInVain
     freeze_all_but(model, stage.trained)
     return model
 
@@ -238,19 +226,17 @@ def _take_text_model(model: LlavaForConditionalGeneration, folder: str) -> None:
     keep_frequencies_exact(model)
 
 
-def _see_images_in_vain(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Let images that no token stands for pass tower and projector, and count for nothing.
+class _SeesImagesInVain(LlavaModel):
+    """Takes images that no token stands for: they pass tower and projector, and count for nothing.
 
-    A batch of text alone brings a blank image, so that both take part in every rank's forward and backward pass:
-    gradients of the projector are reduced, and at ZeRO-3 weights gathered, by all ranks together.
+    A batch of text alone brings a black image, so that on every rank the same modules take part in forward and backward
+    pass, in the same order: gradients of the projector are reduced, and at ZeRO-3 weights gathered, by all ranks
+    together.
     """
-    ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
-    inner: Any = module
-    if ids is None or pixels is None or bool((ids == inner.config.image_token_id).any()):
-        return None
-    features = inner.get_image_features(pixels, return_dict=True).pooler_output
-    nothing = sum(feature.sum() for feature in features) * 0.0
-    embedded = inner.get_input_embeddings()(ids) + nothing
-    return args, {**kwargs, "input_ids": None, "pixel_values": None, "inputs_embeds": embedded}
+
+    def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        is_image = input_ids == self.config.image_token_id
+        if is_image.any():
+            found: Tensor = super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            return found
+        return is_image[..., None]

@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 class VisionLanguage:
     """Conversations about images. It reports `eval/loss` per learned token and `eval/exact_match` per sample.
 
-    An answer matches if each of its tokens is the model's first choice after those before, which is what greedy
-    decoding would write.
+    A sample matches if each learned token is the model's first choice after the right ones before: if greedy decoding
+    would write its answers, each after the right history.
     Collective: construction, which loads data and configurations. Raises: DataError or ConfigError, on every rank, for
     data that cannot be used, or that a pretrained model cannot take.
     """

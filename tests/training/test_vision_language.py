@@ -1,0 +1,199 @@
+"""Vision-language training in stages, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers.spawn import run_ranks
+from tests.helpers.vision_language import tiny_run, write_digits
+from torch import Tensor
+
+import dynmoe_ds as dm
+from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.errors import ConfigError, DataError
+from dynmoe_ds.models import build_vision_language
+from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.tasks import VisionLanguage
+
+_OF_RANKS = {f"moe/{name}_per_token" for name in ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")}
+TEXT_MODEL = "model.language_model."
+STAGES = {
+    "projector": [],
+    "language": ["stage.trained=[projector,language_model]"],
+    "experts": ["model.num_slots=4", "training.steps=6", "training.eval_every_steps=6"],
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("vision_language") / "digits")
+
+
+def train_stages(rank: int, world_size: int, digits: str, folder: str, ep_size: int, zero_stage: int) -> list[Any]:
+    """All stages, eight samples a step one by one, so that ranks have images and text at the same time.
+
+    Of every stage: the kinds of samples that this rank had, micro step by micro step, and what its optimiser holds.
+    """
+    found = []
+    start: list[str] = []
+    for stage, overrides in STAGES.items():
+        config = tiny_run(
+            Path(digits), Path(folder) / stage, stage, *overrides, *start, f"parallel.num_ranks={world_size}",
+            f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=1",
+            "training.log_every_steps=1",
+            f"training.gradient_accumulation_steps={8 // world_size}", "data.group=false",
+        )  # fmt: skip
+        trainer = Trainer(config)
+        samples, order = trainer.task.train.samples, trainer.training_order
+        places = [(step, micro) for step in range(4) for micro in range(8 // world_size)]
+        kinds = [len(samples[order.indices(*place)[0]].images) > 0 for place in places]
+        trainer.run()
+        trained = {name for name, param in trainer.engine.module.named_parameters() if param.requires_grad}
+        found.append((kinds, trained))
+        start = [f"stage.start={folder}/{stage}/model"]
+    return found
+
+
+LAYOUTS = {"1 rank": (1, 1, 2), "EP 2": (2, 2, 2), "2 ranks, ZeRO 3": (2, 1, 3), "EP 2 x EDP 2": (4, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=200)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
+@pytest.mark.timeout(400)
+def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Path, tmp_path: Path) -> None:
+    world_size, ep_size, zero_stage = LAYOUTS[layout]
+    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=300)
+    for number, stage in enumerate(STAGES):
+        at_once = list(zip(*(of_rank[number][0] for of_rank in found), strict=True))
+        assert any(len(set(kinds)) == 2 for kinds in at_once), "no moment with text on one rank, images on another"
+        (first, *_, got), (first_alone, *_, want) = metrics(tmp_path / stage), metrics(alone / stage)
+        for name in ("train/loss", "train/gradient_norm"):
+            assert first[name] == pytest.approx(first_alone[name], rel=2e-5 if number == 0 else 1e-3), (stage, name)
+        for name in ("train/loss", "eval/loss"):
+            assert got[name] == pytest.approx(want[name], rel=1e-3), (stage, name)
+        assert got["eval/exact_match"] == want["eval/exact_match"]
+        assert set(got) - _OF_RANKS == set(want), "kinds of tokens included"
+        assert got.get("eval/mean_k") == pytest.approx(want.get("eval/mean_k"), abs=0.03)
+        assert ("eval/mean_k_per_kind/image which" in got) == (stage == "experts")
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+def test_each_stage_starts_from_the_last_and_changes_what_it_trains_alone(digits: Path, alone: Path) -> None:
+    config = tiny_run(digits, Path("never"), "projector")
+    before = weights(build_vision_language(config, VisionLanguage(config).backbone))
+    layers = [f"{TEXT_MODEL}layers.{index}.mlp." for index in (0, 2)]
+    trained = {"projector": ("model.multi_modal_projector.",)}
+    trained["language"] = (*trained["projector"], TEXT_MODEL, "lm_head.")
+    trained["experts"] = tuple(f"{layer}{part}." for layer in layers for part in ("router", "experts"))
+    for stage in STAGES:
+        model = dm.load_model(alone / stage / "model")
+        after = weights(model)
+        for name, weight in after.items():
+            is_trained = name.startswith(trained[stage])
+            if name in before:
+                assert torch.equal(weight, before[name]) != is_trained, (stage, name)
+            else:
+                assert stage == "experts" and is_trained, name
+        for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+            assert stage == "experts" and layer.placement.live_ids == (0, 1, 2, 3)
+        if stage == "experts":  # which were copies of the second stage's FFNs, six small steps before
+            moved = (after[f"{layers[0]}experts.w1"] - before[f"{layers[0]}gate_proj.weight"]).abs().max()
+            assert 0 < moved < 0.05
+        before = after
+
+
+def test_exact_match_is_what_greedy_decoding_says(digits: Path, tmp_path: Path) -> None:
+    """Of the trained model and of the saved one, with a cache and without, to prompts of unequal length."""
+    overrides = ["training.steps=60", "training.micro_batch_size=16", "training.eval_every_steps=60", "optim.lr=5e-3"]
+    # Of what it has learnt it gets a part right.
+    learnt = json.loads((digits / "train.json").read_text())
+    asked_once = [sample for sample in learnt if len(sample["conversations"]) == 2]
+    (tmp_path / "learnt.json").write_text(json.dumps(asked_once))
+    overrides.append(f"data.held_out_path={tmp_path}/learnt.json")
+    everything = "stage.trained=[vision_tower,projector,language_model]"
+    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=200)
+    told = metrics(tmp_path / "run")[-1]
+    held_out = VisionLanguage(tiny_run(digits, Path("never"), "experts", *overrides)).data.held_out
+    model = dm.load_model(tmp_path / "run" / "model")
+    is_exact = []
+    for index in range(len(held_out)):
+        batch = held_out.batch([index])
+        first = int((batch["labels"][0] != IGNORED).nonzero()[0])
+        prompt = {name: batch[name][:, :first] for name in ("input_ids", "attention_mask")}
+        answer = batch["labels"][0, first:]
+        written = [
+            model.generate(**prompt, **images(batch), max_new_tokens=len(answer), do_sample=False, use_cache=use_cache)[
+                0, first:
+            ]
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*written)
+        is_exact.append(written[0].tolist() == answer.tolist())
+    assert told["eval/exact_match"] == sum(is_exact) / len(is_exact)
+    assert 0 < sum(is_exact) < len(is_exact), "nothing to tell apart"
+    by_kind: dict[str, list[bool]] = {}
+    for sample, right in zip(held_out.samples, is_exact, strict=True):
+        by_kind.setdefault(str(sample.kind), []).append(right)
+    assert len(by_kind) == 5
+    for kind, right in by_kind.items():
+        assert told[f"eval/exact_match/{kind}"] == sum(right) / len(right)
+        assert f"eval/mean_k_per_kind/text {kind}" in told
+        assert (f"eval/mean_k_per_kind/image {kind}" in told) == (kind != "text")
+
+
+def images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The pictures that tokens stand for, as an argument; none for text alone."""
+    return {"pixel_values": batch["pixel_values"]} if batch["pixel_values"].any() else {}
+
+
+def run_on_a_rank(rank: int, world_size: int, digits: str, run_dir: str, stage: str, overrides: list[str]) -> None:
+    Trainer(tiny_run(Path(digits), Path(run_dir), stage, *overrides)).run()
+
+
+def test_the_run_folder_says_how_images_become_input(digits: Path, alone: Path) -> None:
+    told = json.loads((alone / "projector" / "vision_language.json").read_text())
+    assert (told["image_size"], told["tokens_per_image"], told["image_token_id"]) == (32, 16, 3)
+    assert len(told["mean"]) == len(told["std"]) == 3
+    assert (alone / "projector" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_start_that_does_not_fit_is_refused(digits: Path, alone: Path, tmp_path: Path) -> None:
+    start = f"stage.start={alone / 'language' / 'model'}"
+    with pytest.raises(ConfigError, match=r"whose image_seq_length is 16, but data.tokenizer and data.image_size make"):
+        VisionLanguage(tiny_run(digits, tmp_path / "a", "experts", start, "data.image_size=40")).build_model()
+    text = tiny_run(digits, tmp_path / "b", "experts", start)
+    decoder = tmp_path / "decoder"
+    dm.save_model(dm.load_model(alone / "language" / "model").model.language_model, decoder)
+    with pytest.raises(Exception, match=r"describes a LlamaModel, but load_model builds transformers' models that wr"):
+        VisionLanguage(tiny_run(digits, tmp_path / "c", "experts", f"stage.start={decoder}")).build_model()
+    assert text.stage is not None
+
+
+def test_a_tokenizer_that_cannot_end_an_answer_is_refused(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for file in (digits / "tokenizer").iterdir():
+        values = file.read_text()
+        if file.name == "tokenizer_config.json":
+            values = json.dumps({k: v for k, v in json.loads(values).items() if k != "eos_token"})
+        (folder / file.name).write_text(values)
+    with pytest.raises(DataError, match=r"data.tokenizer names no end-of-text token \(eos_token\)"):
+        VisionLanguage(tiny_run(digits, tmp_path / "run", "experts", f"data.tokenizer={folder}"))
