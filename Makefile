@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint benchmark clean
+.PHONY: help setup demo demo-vl test lint benchmark clean
 
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
+	@echo "make demo-vl    train a vision-language model in three stages on handwritten digits (about 8 minutes)"
 	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
 	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
@@ -23,6 +24,12 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/dynmoe train experiment=demo
+
+demo-vl: setup data/digits
+	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts
+
+data/digits: | setup
+	$(BIN)/python -m dynmoe_ds.data.digit_questions $@
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"  # of training.trainer, which imports torch
 DEFAULT_STAGES = "projector,language,experts"
-_OWN = "stages="
+_NAMES, _RUN_DIR = "stages=", "run_dir="
 
 _EXAMPLES = """examples:
   dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts
-  dynmoe stages experiment=moe_llava_stablelm run_dir=runs/stablelm data.path=train.json ...
+  dynmoe stages experiment=moe_llava_stablelm model.vision_pretrained=clip model.text_pretrained=stablelm \
+    data.tokenizer=stablelm data.image_folder=images data.held_out_path=held_out.json \
+    projector:data.path=captions.json language:data.path=instructions.json experts:data.path=mix.json
 
+`NAME:` before an override makes it one of that stage alone.
 A stage's run folder is <run_dir>/<number>_<stage>. The same command goes on where it was stopped: stages that have come
 to their end are left alone. One stage alone: dynmoe train stage=language stage.start=<run folder of the first>/model.
 """
@@ -42,7 +45,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "overrides",
         nargs="*",
         metavar="OVERRIDE",
-        help=f"as of `dynmoe train`, and stages=NAMES: options of the group `stage` (default: {DEFAULT_STAGES})",
+        help=f"as of `dynmoe train`; stages=NAMES, of the group `stage` (default: {DEFAULT_STAGES}); NAME:OVERRIDE",
     )
     parser.set_defaults(run=run)
 
@@ -54,16 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if "RANK" in os.environ:
         raise ConfigError("`dynmoe stages` starts launchers itself. Under a launcher use `dynmoe train stage=NAME`.")
-    given = [text for text in arguments.overrides if text.startswith(_OWN)]
-    others = [text for text in arguments.overrides if not text.startswith(_OWN)]
-    names = (given[-1].removeprefix(_OWN) if given else DEFAULT_STAGES).split(",")
-    base = _run_dir(others, names[0])
+    names = (_value(arguments.overrides, _NAMES) or DEFAULT_STAGES).split(",")
+    general = [text for text in arguments.overrides if not text.startswith((_NAMES, _RUN_DIR))]
+    marks = {name: f"{name}:" for name in names}
+    of_stages = {
+        name: [text.removeprefix(mark) for text in general if text.startswith(mark)] for name, mark in marks.items()
+    }
+    general = [text for text in general if not text.startswith(tuple(marks.values()))]
+    base = _run_dir(arguments.overrides, [*general, *of_stages[names[0]]], names[0])
     folders = [base / f"{number}_{name}" for number, name in enumerate(names, 1)]
     left = [folder for folder in folders if not _is_finished(folder)]
     faults: list[str] = []
     commands: dict[Path, list[str]] = {}
     for name, folder, before in zip(names, folders, [None, *folders], strict=False):
-        overrides = [*others, f"stage={name}", f"run_dir={folder}"]
+        overrides = [*general, *of_stages[name], f"stage={name}", f"run_dir={folder}"]
         if folder in left:
             faults += [fault for fault in _faults(overrides) if fault not in faults]
         # Not before: the folder is there only when the stage before has come to its end.
@@ -79,12 +86,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_dir(overrides: Sequence[str], first_stage: str) -> Path:
+def _value(overrides: Sequence[str], key: str) -> str | None:
+    """What is given last for `key`, which ends with an equals sign."""
+    return next((text.removeprefix(key) for text in reversed(overrides) if text.startswith(key)), None)
+
+
+def _run_dir(overrides: Sequence[str], others: Sequence[str], first_stage: str) -> Path:
     """The folder of all stages. Raises: ConfigError if none is given and the configuration cannot be read."""
     from dynmoe_ds.config.load import load_config
 
-    given = [text.partition("=")[2] for text in overrides if text.startswith("run_dir=")]
-    return Path(given[-1] if given else load_config([*overrides, f"stage={first_stage}"]).run_dir)
+    return Path(_value(overrides, _RUN_DIR) or load_config([*others, f"stage={first_stage}"]).run_dir)
 
 
 def _faults(overrides: Sequence[str]) -> Sequence[str]:

@@ -12,11 +12,12 @@ from dynmoe_ds.errors import DataError
 _PADDING_TOKENS = ("[PAD]", "<pad>")
 
 
-def load_pretrained_tokenizer(path: str | None) -> PreTrainedTokenizerFast:
+def load_pretrained_tokenizer(path: str | None, needs_padding: bool = True) -> PreTrainedTokenizerFast:
     """The fast tokenizer in a folder that `save_pretrained` wrote, or in a `tokenizer.json`. Nothing is downloaded.
 
     A `tokenizer.json` says nothing of padding: its token must be [PAD] or <pad>.
-    Raises: DataError for a path that is not set, does not exist or holds no fast tokenizer, or without a padding token.
+    Raises: DataError for a path that is not set, does not exist or holds no fast tokenizer, or without a padding token
+    where one is needed.
     """
     if path is None:
         raise DataError("data.tokenizer is not set. Set it to the pretrained model's folder or to its tokenizer.json.")
@@ -32,7 +33,7 @@ def load_pretrained_tokenizer(path: str | None) -> PreTrainedTokenizerFast:
         raise DataError(f"data.tokenizer is {path!r} but holds no tokenizer that can be read: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"data.tokenizer is {path!r} but {type(tokenizer).__name__} is no fast tokenizer.")
-    if tokenizer.pad_token is None:
+    if needs_padding and tokenizer.pad_token is None:
         raise DataError(
             f"data.tokenizer is {path!r} but names no padding token. Use the folder of a model that pads its input."
         )

@@ -54,6 +54,14 @@ _CLASSIFIERS = {
     "glue_bert_large": ["model.pretrained=bert", "data.path=glue_data"],
     "image_vit_small": ["data.path=images"],
 }
+_CONVERSATIONS = ["data.path=a.json", "data.held_out_path=b.json", "data.tokenizer=c", "training.sample_tokens=0"]
+_FOLDERS = ["model.vision_pretrained=clip", "model.text_pretrained=decoder"]
+_VISION_LANGUAGE = {
+    "model": ["data=llava", "stage=experts"],
+    "data": ["model=llava_tiny", "stage=experts"],
+    "stage": ["model=llava_tiny", "data=llava"],
+    "experiment": ["stage=experts"],
+}
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in config_groups().items() for o in options])
@@ -68,6 +76,9 @@ def test_every_committed_option_composes_and_validates(group: str, option: str, 
         (tmp_path / "index.json").write_text("{}")
         overrides.append(f"data.path={tmp_path}")
     overrides += _CLASSIFIERS.get(option, [])
+    if "llava" in option or option == "demo_vl" or (group == "stage" and option != "none"):
+        overrides += [*_VISION_LANGUAGE[group], *_CONVERSATIONS]
+        overrides += _FOLDERS if (option == "llava" and group == "model") or "moe_llava" in option else []
     config = load_config(overrides)
     assert build(yaml.safe_load(to_yaml(config))) == config
 

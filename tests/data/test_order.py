@@ -1,8 +1,10 @@
+from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 
-from dynmoe_ds.data import HeldOutOrder, TrainingOrder
+from dynmoe_ds.data import Grouping, HeldOutOrder, TrainingOrder
 
 
 def _training_order(rank=0, world_size=1, micro=4, accumulation=1, num_sequences=10, seed=3) -> TrainingOrder:
@@ -91,3 +93,22 @@ def test_held_out_ranks_have_equal_batches_and_each_sequence_counts_once(num_seq
     assert all(len(indices) == micro for order in orders for indices, _ in islice(order, 100))
     assert sorted(index for index, weight in pairs if weight == 1.0) == list(range(num_sequences))
     assert {weight for _, weight in pairs} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("layout", [(1, 4, 1), (2, 1, 2)])
+def test_a_step_of_an_order_with_groups_is_of_one_kind_however_it_is_dealt_out(layout):
+    world_size, micro, accumulation = layout
+    kinds, lengths = np.arange(24) % 3 == 0, np.arange(24)
+    grouping = Grouping(lengths=lengths, kinds=kinds)
+    orders = [
+        replace(_training_order(rank, world_size, micro, accumulation, num_sequences=24), grouping=grouping)
+        for rank in range(world_size)
+    ]
+    alone = replace(_training_order(num_sequences=24), grouping=grouping)
+    seen = []
+    for step in range(6):
+        dealt = [index for order in orders for turn in range(accumulation) for index in order.indices(step, turn)]
+        assert sorted(dealt) == sorted(alone.indices(step, 0))
+        assert len({bool(kinds[index]) for index in dealt}) == 1, step
+        seen += dealt
+    assert sorted(seen) == list(range(24)), "an epoch"

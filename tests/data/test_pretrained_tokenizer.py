@@ -34,6 +34,10 @@ def _slow(folder: Path) -> str:
     return str(folder)
 
 
+def test_padding_is_no_need_of_all(tmp_path):
+    assert load_pretrained_tokenizer(_without_padding(tmp_path), needs_padding=False).pad_token is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

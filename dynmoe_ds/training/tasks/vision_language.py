@@ -59,7 +59,7 @@ class VisionLanguage:
         assert isinstance(config.model, LlavaModelConfig), type(config.model).__name__
         assert config.stage is not None, "checked with the configuration"
         self.config, self.stage = config, config.stage
-        self.tokenizer = load_pretrained_tokenizer(config.data.tokenizer)
+        self.tokenizer = load_pretrained_tokenizer(config.data.tokenizer, needs_padding=False)
         vocabulary = _vocabulary(self.tokenizer)
         self.backbone: LlavaConfig = llava_backbone(
             config.model, vocabulary, image_size=config.data.image_size, max_length=config.data.sequence_length
