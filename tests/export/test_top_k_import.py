@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +244,12 @@ def test_experts_are_shared_by_ranks_and_one_ranks_error_is_everyones() -> None:
     assert first < 1e-5 and second < 1e-5
     assert message.startswith("DivergenceError") and "rank 1: ConfigError" in message and "activation relu" in message
     assert own.startswith("ConfigError")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+def test_the_imported_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = dm.import_top_k_model(MODELS[name](), num_slots=8)
+    dm.save_model(model, tmp_path / "model")
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(dm.load_model(tmp_path / "model", num_slots=8)(ids).logits, model(ids).logits)
