@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/dynmoe train experiment=demo
 
 demo-vl: setup data/digits
-	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts
+	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts run_dir=runs/demo_vl
 
 data/digits: | setup
 	$(BIN)/python -m dynmoe_ds.data.digit_questions $@

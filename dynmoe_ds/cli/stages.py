@@ -20,14 +20,15 @@ DEFAULT_STAGES = "projector,language,experts"
 _NAMES, _RUN_DIR = "stages=", "run_dir="
 
 _EXAMPLES = """examples:
-  dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts
+  dynmoe stages experiment=demo_vl run_dir=runs/demo_vl stages=demo_projector,demo_language,demo_experts
   dynmoe stages experiment=moe_llava_stablelm model.vision_pretrained=clip model.text_pretrained=stablelm \
     data.tokenizer=stablelm data.image_folder=images data.held_out_path=held_out.json \
     projector:data.path=captions.json language:data.path=instructions.json experts:data.path=mix.json
 
-`NAME:` before an override makes it one of that stage alone.
-A stage's run folder is <run_dir>/<number>_<stage>. The same command goes on where it was stopped: stages that have come
-to their end are left alone. One stage alone: dynmoe train stage=language stage.start=<run folder of the first>/model.
+`NAME:` before an override makes it one of that stage alone. adaptation.KEY=VALUE is for the stages with experts.
+A stage's run folder is <run_dir>/<number>_<stage>. With the same run_dir the same command goes on where it was stopped:
+stages that have come to their end are left alone.
+One stage alone: dynmoe train stage=language stage.start=<run folder of the first>/model.
 """
 
 
@@ -64,15 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
         name: [text.removeprefix(mark) for text in general if text.startswith(mark)] for name, mark in marks.items()
     }
     general = [text for text in general if not text.startswith(tuple(marks.values()))]
+    reserved = [text for own in of_stages.values() for text in own if text.startswith(("stage=", _RUN_DIR))]
+    faults = [f"{text} cannot be of one stage: `dynmoe stages` sets it. Leave it out." for text in reserved]
     base = _run_dir(arguments.overrides, [*general, *of_stages[names[0]]], names[0])
     folders = [base / f"{number}_{name}" for number, name in enumerate(names, 1)]
     left = [folder for folder in folders if not _is_finished(folder)]
-    faults: list[str] = []
     commands: dict[Path, list[str]] = {}
     for name, folder, before in zip(names, folders, [None, *folders], strict=False):
-        overrides = [*general, *of_stages[name], f"stage={name}", f"run_dir={folder}"]
+        overrides = [*_without_adaptation(name, general), *of_stages[name], f"stage={name}", f"run_dir={folder}"]
         if folder in left:
-            faults += [fault for fault in _faults(overrides) if fault not in faults]
+            found = _faults(overrides, is_last=folder == folders[-1])
+            faults += [fault for fault in found if fault not in faults]
         # Not before: the folder is there only when the stage before has come to its end.
         commands[folder] = overrides if before is None else [*overrides, f"stage.start={before / MODEL_FOLDER}"]
     if faults:
@@ -98,17 +101,31 @@ def _run_dir(overrides: Sequence[str], others: Sequence[str], first_stage: str) 
     return Path(_value(overrides, _RUN_DIR) or load_config([*others, f"stage={first_stage}"]).run_dir)
 
 
-def _faults(overrides: Sequence[str]) -> Sequence[str]:
+def _without_adaptation(stage: str, general: Sequence[str]) -> list[str]:
+    """Overrides for all stages, less those of experts that a stage without experts has not."""
+    from dynmoe_ds.config.load import load_config
+
+    others = [text for text in general if not text.startswith(("adaptation.", "adaptation="))]
+    try:
+        has_experts = load_config([*others, f"stage={stage}"]).adaptation is not None
+    except ConfigError:
+        return list(general)  # which is reported with its faults
+    return list(general) if has_experts else others
+
+
+def _faults(overrides: Sequence[str], is_last: bool) -> Sequence[str]:
     from dynmoe_ds.config.load import load_config
 
     try:
-        load_config(overrides)
+        config = load_config(overrides)
     except ConfigError as error:
         return error.faults
+    if not config.training.save_model and not is_last:
+        return ["training.save_model is false, but the next stage starts from the model. Set it to true."]
     return ()
 
 
 def _is_finished(folder: Path) -> bool:
     from dynmoe_ds.training.run_checkpoints import finished_steps
 
-    return finished_steps(folder) is not None and (folder / MODEL_FOLDER).is_dir()
+    return finished_steps(folder) is not None

@@ -179,7 +179,7 @@ class LlavaDataConfig:
     template: how a conversation becomes text: `plain` (images and captions), `vicuna`, or the tokenizer's `own`.
     sequence_length: tokens that a sample may have, images included; a longer one is broken. on_broken: whether broken
     samples (too long, without their images, malformed) are left out or stop the run. group: whether a step's samples
-    are of one kind (with and without images) and of like lengths.
+    are of one kind (with and without images) and of like lengths, but for an epoch's last ones.
     """
 
     name: Literal["llava"] = "llava"

@@ -363,6 +363,15 @@ def _data_files(data: DataConfig) -> Iterator[str]:
     match data:
         case TextDataConfig(name="text_file", path=str(path)) if not Path(path).is_file():
             yield f"data.path is {path!r}, which is not a file here ({Path.cwd()}). Correct the path."
+        case LlavaDataConfig():
+            for key in ("path", "held_out_path"):
+                path = getattr(data, key)
+                if path is not None and not Path(path).is_file():
+                    yield f"data.{key} is {path!r}, which is not a file here ({Path.cwd()}). Correct the path."
+            if data.image_folder is not None and not Path(data.image_folder).is_dir():
+                yield f"data.image_folder is {data.image_folder!r}, but there is no such folder here ({Path.cwd()})."
+            if data.tokenizer is not None and not Path(data.tokenizer).exists():
+                yield f"data.tokenizer is {data.tokenizer!r}, which does not exist here ({Path.cwd()}). Correct it."
         case TokenShardsConfig(path=str(path)) if not (Path(path) / SHARD_INDEX_FILE).is_file():
             yield (
                 f"data.path is {path!r}, which has no {SHARD_INDEX_FILE} here ({Path.cwd()}). Correct the path, or "

@@ -84,18 +84,15 @@ class ConversationExamples:
             kinds=np.array([len(sample.images) > 0 for sample in self.samples]),
         )
 
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of samples, in alphabetical order; empty if they have none."""
-        return tuple(sorted({sample.kind for sample in self.samples if sample.kind is not None}))
-
     def batch(
         self, indices: Sequence[int], device: torch.device | str = "cpu", epochs: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """`input_ids`, `labels`, `token_kinds` [B, L] int64, `attention_mask` [B, L] bool, `pixel_values` [I, 3, H, W].
 
         L is that of the longest example; the others are padded on the right. Images stand in the order of their tokens.
-        Without any, a black one is there in vain, so that vision tower and projector take part in every pass.
-        An example whose image cannot be decoded is, with `skip`, replaced by the one after it, which is logged.
+        Without any, one of the mean colour is there in vain: vision tower and projector take part in every pass. An
+        example whose image cannot be decoded is, with `skip`, replaced by the one after it, which is logged; held-out
+        ones are looked at when they are loaded.
         Raises: DataError, with `stop`, for such an image, on the rank that reads it.
         """
         with ThreadPoolExecutor(_DECODING_THREADS) as pool:
@@ -153,33 +150,45 @@ class ConversationData:
 
 
 def load_conversations(
-    config: LlavaDataConfig, tokenizer: PreTrainedTokenizerFast, image: ImageInput, image_token_id: int
+    config: LlavaDataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    image: ImageInput,
+    image_token_id: int,
+    pad_token_id: int,
 ) -> ConversationData:
     """The conversations that `config` names, read and tokenised on rank 0 and sent to every rank.
 
     Collective: every rank. Raises: DataError, on every rank, for files that cannot be used, a template that the
     tokenizer lacks, and, with `on_broken` `stop`, for broken samples.
     """
-    return from_rank_zero(lambda: _load(config, tokenizer, image, image_token_id))
+    return from_rank_zero(lambda: _load(config, tokenizer, image, image_token_id, pad_token_id))
 
 
 def _load(
-    config: LlavaDataConfig, tokenizer: PreTrainedTokenizerFast, image: ImageInput, image_token_id: int
+    config: LlavaDataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    image: ImageInput,
+    image_token_id: int,
+    pad_token_id: int,
 ) -> ConversationData:
     assert config.path is not None and config.held_out_path is not None, "checked with the configuration"
     folder = None if config.image_folder is None else Path(config.image_folder)
     all_broken = BrokenSamples()
     parts: list[list[Sample]] = []
-    for file in (Path(config.path), Path(config.held_out_path)):
+    for is_held_out, file in enumerate((Path(config.path), Path(config.held_out_path))):
         conversations, broken = read_conversations(file, folder, config.on_broken)
         samples = []
         for conversation in conversations:
             sample = _encoded(conversation, tokenizer, config.template, image_token_id)
             length = len(sample.ids) + len(sample.images) * (image.num_tokens - 1)
-            if length <= config.sequence_length:
-                samples.append(sample)
-            else:
+            if length > config.sequence_length:
                 broken.add(f"longer than data.sequence_length ({config.sequence_length})", f"{sample.name} ({length})")
+            elif (sample.labels == IGNORED).all():
+                broken.add("no answer has a token", sample.name)
+            elif is_held_out and (file_name := _undecodable(sample)):
+                broken.add("an image cannot be decoded", f"{sample.name} ({file_name})")
+            else:
+                samples.append(sample)
         broken.refuse(f"{file}", len(samples), config.on_broken)
         all_broken.add_all(broken)
         parts.append(samples)
@@ -188,19 +197,28 @@ def _load(
     kinds = sorted({sample.kind for part in parts for sample in part if sample.kind is not None})
     suffixes = ["", *(f" {kind}" for kind in kinds)]
     token_kinds = tuple(f"{kind}{suffix}" for suffix in suffixes for kind in (TEXT_KIND, IMAGE_KIND))
-    pad = tokenizer.pad_token_id
     train, held_out = (
         ConversationExamples(
             samples=tuple(part),
             image=image,
             image_token_id=image_token_id,
-            pad_token_id=int(pad if pad is not None else tokenizer.eos_token_id or 0),
+            pad_token_id=pad_token_id,
             token_kinds=token_kinds,
             on_broken=config.on_broken,
         )
         for part in parts
     )
     return ConversationData(train=train, held_out=held_out, broken=all_broken)
+
+
+def _undecodable(sample: Sample) -> Path | None:
+    """The first image that cannot be decoded: in evaluation none may give its place to another."""
+    for file in sample.images:
+        try:
+            read_image(file)
+        except DataError:
+            return file
+    return None
 
 
 def _encoded(

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from dynmoe_ds.config.schema import BertClassifierConfig, RunConfig, ViTClassifierConfig
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
-from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model, together
+from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model
 from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.moe import upcycle
 
@@ -60,7 +61,7 @@ def bert_backbone(model: BertClassifierConfig, head: Head, *, vocab_size: int, m
             intermediate_size=model.sizes.ffn_hidden_size,
         )
     else:
-        config = together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["bert"]))
+        config = attempt_together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["bert"]))
         faults = []
         if vocab_size > config.vocab_size:
             faults.append(
@@ -93,7 +94,7 @@ def vit_backbone(model: ViTClassifierConfig, head: Head, *, image_size: int) -> 
             intermediate_size=model.sizes.ffn_hidden_size,
         )
     else:
-        config = together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["vit"]))
+        config = attempt_together(lambda: pretrained_config(PRETRAINED, model.pretrained, ["vit"]))
         if config.image_size != image_size:
             raise ConfigError(
                 f"data.image_size is {image_size} but the model in {model.pretrained} is for images of "
@@ -131,7 +132,7 @@ def build_classifier(config: RunConfig, backbone: BertConfig | ViTConfig) -> Pre
             seed=config.seed,
         )
 
-    model = together(build)
+    model = attempt_together(build)
     checkpoint_activations(model, config.parallel)
     return model
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.routing import Router
@@ -14,6 +15,7 @@ from dynmoe_ds.routing import Router
 PER_WEIGHT = 2  # a multiplication and an addition
 BACKWARD = 2  # gradients of a product's two factors: each costs as much as the product
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ENCODERS = {"vision_tower", "multi_modal_projector"}  # of a Llava: they see images, not tokens
 HEADS = {"pooler", "classifier"}  # what Hugging Face calls the parts of a classifier that see one vector per sequence
 
 
@@ -51,14 +53,17 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
     """The count of a Hugging Face model of Linear, Conv and MoELayer modules for sequences of `sequence_length` tokens.
 
     Attention is read from `model.config` (`num_hidden_layers`, `num_attention_heads`, `head_dim` or `hidden_size`); a
-    model without one has none. Count before ZeRO-3 splits the parameters.
+    model without one has none. Of a vision-language model it is the language model's. Count before ZeRO-3 splits the
+    parameters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     parts = [part for layer in layers.values() for part in (layer.router, layer.experts)]
     inside = {id(module) for part in parts for module in part.modules()}
+    named = model.named_modules()
+    encoders = {id(module) for name, module in named if not ENCODERS.isdisjoint(name.split("."))}
     linear = 0.0
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and id(module) not in inside:
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and id(module) not in inside | encoders:
             is_head = not HEADS.isdisjoint(name.split("."))
             linear += module.weight.numel() / (sequence_length if is_head else 1)
     return FlopCount(
@@ -71,6 +76,7 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
 
 def _attention(model: nn.Module, sequence_length: int) -> int:
     config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
     num_heads = getattr(config, "num_attention_heads", None)
     if num_heads is None:
         return 0

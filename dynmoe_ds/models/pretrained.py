@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.errors import ConfigError
-
-T = TypeVar("T")
-
-
-def together(make: Callable[[], T]) -> T:
-    """What `make` returns. Collective: every rank; an error on one is raised on all."""
-    made, error = None, None
-    try:
-        made = make()
-    except Exception as caught:
-        error = caught
-    raise_together(error)
-    assert made is not None
-    return made
 
 
 def pretrained_config(key: str, folder: str | None, model_types: Collection[str] | None = None) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dynmoe_ds.config.schema import LlavaModelConfig, RunConfig, StageConfig
+from dynmoe_ds.config.schema import LlavaModelConfig, RunConfig
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
 from dynmoe_ds.models.dense import dense_model
-from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model, together
+from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model
+from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.models.rotary import keep_frequencies_exact
 from dynmoe_ds.moe import MoELayer, upcycle
 
@@ -52,7 +55,7 @@ def llava_backbone(model: LlavaModelConfig, vocabulary: Vocabulary, *, image_siz
     Collective: every rank. Raises: ConfigError, on every rank, for pretrained folders that cannot be read, hold other
     models, or are for other images or shorter texts.
     """
-    return together(lambda: _backbone(model, vocabulary, image_size, max_length))
+    return attempt_together(lambda: _backbone(model, vocabulary, image_size, max_length))
 
 
 def tokens_per_image(config: LlavaConfig) -> int:
@@ -77,10 +80,11 @@ def build_vision_language(config: RunConfig, backbone: LlavaConfig) -> LlavaForC
             kind = _TOWERS[backbone.vision_config.model_type]
             model.model.vision_tower = pretrained_model(VISION, kind, sizes.vision_pretrained, backbone.vision_config)
         if sizes.text_pretrained is not None:
-            _take_text_model(model, sizes.text_pretrained)
+            with seeded_weights(config.seed):  # of rows for new tokens
+                _take_text_model(model, sizes.text_pretrained)
         return model
 
-    return together(build)
+    return attempt_together(build)
 
 
 def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConfig) -> LlavaForConditionalGeneration:
@@ -110,6 +114,12 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
                 ep_size=config.parallel.ep_size,
                 seed=config.seed,
             )
+        others = {str(m.router.config) for m in model.modules() if isinstance(m, MoELayer)} - {str(config.router)}
+        if others:
+            raise ConfigError(
+                f"stage.start is {stage.start}, whose routers are {min(others)}, but the section router says "
+                f"{config.router}. Use that router."
+            )
         kinds = {layer.expert_kind for layer in model.modules() if isinstance(layer, MoELayer)}
         if kinds - {config.expert.kind}:
             raise ConfigError(
@@ -118,21 +128,21 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
             )
         return model
 
-    together(finish)
+    attempt_together(finish)
     checkpoint_activations(model, config.parallel)
     model.model.__class__ = _SeesImagesInVain
     freeze_all_but(model, stage.trained)
     return model
 
 
-def freeze_all_but(model: LlavaForConditionalGeneration, trained: StageConfig | Any) -> None:
+def freeze_all_but(model: LlavaForConditionalGeneration, trained: Sequence[str]) -> None:
     """Let the named parts (`StageConfig.trained`) require gradients and nothing else."""
     model.requires_grad_(False)
     for module in _trained_modules(model, trained):
         module.requires_grad_(True)
 
 
-def _trained_modules(model: LlavaForConditionalGeneration, trained: Any) -> list[nn.Module]:
+def _trained_modules(model: LlavaForConditionalGeneration, trained: Sequence[str]) -> list[nn.Module]:
     inner = model.model
     found: list[nn.Module] = []
     for part in trained:

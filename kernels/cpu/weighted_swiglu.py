@@ -25,6 +25,7 @@ def use_cpp(row_weights: Tensor, *matrices: Tensor) -> bool:
     return (
         dtype in _DTYPES
         and row_weights.dtype == torch.float32
+        and row_weights.is_contiguous()
         and all(m.dtype == dtype and m.device.type == "cpu" and m.stride(1) == 1 for m in matrices)
         and chosen_kernels() == "auto"
         and library() is not None

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.helpers.vision_language import DATA, empty_files
 
 from dynmoe_ds.cli import train
 from dynmoe_ds.cli.main import main
 
-FILES = ["data.path=a.json", "data.held_out_path=b.json", "data.tokenizer=c"]
+FILES = [f"data.{key}={name}" for key, name in DATA.items()]
 STAGES = "stages=demo_projector,demo_language,demo_experts"
 
 
@@ -38,6 +39,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     stand_in = Started()
     monkeypatch.setattr(train, "run", stand_in)
     return stand_in
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the overrides FILES name."""
+    empty_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def stages(folder: Path, *overrides: str) -> int:
@@ -70,10 +78,15 @@ def test_a_failure_ends_it_and_the_same_command_goes_on(started: Started, tmp_pa
 def test_the_faults_of_all_stages_come_before_the_first_run(
     started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert stages(tmp_path / "run", "optim.lrr=1", "adaptation.every_steps=0") == 2
+    assert stages(tmp_path / "run", "optim.lrr=1", "demo_experts:optim.lr=-1", "demo_language:data.path=gone.json") == 2
     told = capsys.readouterr().err
     assert told.count("There is no key 'optim.lrr'. Did you mean 'optim.lr'?") == 1
-    assert "every_steps" in told and started.overrides == []
+    assert "optim.lr is -1" in told and "data.path is 'gone.json', which is not a file here" in told
+    assert stages(tmp_path / "run", "demo_language:training.save_model=false") == 2
+    assert "training.save_model is false, but the next stage starts from the model." in capsys.readouterr().err
+    assert stages(tmp_path / "run", "demo_language:run_dir=other") == 2
+    assert "run_dir=other cannot be of one stage: `dynmoe stages` sets it." in capsys.readouterr().err
+    assert started.overrides == []
     assert main(["stages", "experiment=demo_vl", "stages=projektor", *FILES]) == 2
     assert "There is no option stage=projektor. Did you mean 'projector'?" in capsys.readouterr().err
 
@@ -86,13 +99,18 @@ def test_the_stages_of_the_papers_are_the_default(started: Started, tmp_path: Pa
 
 
 def test_an_override_may_be_of_one_stage_alone(started: Started, tmp_path: Path) -> None:
-    assert stages(tmp_path / "run", "demo_language:data.path=more.json", "demo_language:optim.lr=1e-4") == 0
-    special = ["data.path=more.json", "optim.lr=1e-4"]
+    assert stages(tmp_path / "run", "demo_language:data.sequence_length=64", "demo_language:optim.lr=1e-4") == 0
+    special = ["data.sequence_length=64", "optim.lr=1e-4"]
     assert [[text for text in given if text in special] for given in started.overrides] == [[], special, []]
     assert not any("demo_language:" in text for overrides in started.overrides for text in overrides)
-    assert all("data.path=a.json" in overrides for overrides in started.overrides)
+    assert all("data.path=train.json" in overrides for overrides in started.overrides)
     assert stages(tmp_path / "other", "experts:optim.lr=1e-4") == 2, "no stage of that name is to be run"
     assert len(started.overrides) == 3
+
+
+def test_stages_without_experts_do_not_hear_of_adaptation(started: Started, tmp_path: Path) -> None:
+    assert stages(tmp_path / "run", "adaptation.every_steps=50", "demo_experts:training.save_model=false") == 0
+    assert [("adaptation.every_steps=50" in given) for given in started.overrides] == [False, False, True]
 
 
 def test_it_is_no_work_for_a_launcher(

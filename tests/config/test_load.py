@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.helpers.vision_language import DATA, empty_files
 
 from dynmoe_ds.config import groups, load
 from dynmoe_ds.config.build import build
@@ -54,7 +55,6 @@ _CLASSIFIERS = {
     "glue_bert_large": ["model.pretrained=bert", "data.path=glue_data"],
     "image_vit_small": ["data.path=images"],
 }
-_CONVERSATIONS = ["data.path=a.json", "data.held_out_path=b.json", "data.tokenizer=c", "training.sample_tokens=0"]
 _FOLDERS = ["model.vision_pretrained=clip", "model.text_pretrained=decoder"]
 _VISION_LANGUAGE = {
     "model": ["data=llava", "stage=experts"],
@@ -77,7 +77,8 @@ def test_every_committed_option_composes_and_validates(group: str, option: str, 
         overrides.append(f"data.path={tmp_path}")
     overrides += _CLASSIFIERS.get(option, [])
     if "llava" in option or option == "demo_vl" or (group == "stage" and option != "none"):
-        overrides += [*_VISION_LANGUAGE[group], *_CONVERSATIONS]
+        overrides += [*_VISION_LANGUAGE[group], "training.sample_tokens=0"]
+        overrides += [f"data.{key}={empty_files(tmp_path / key) / name}" for key, name in DATA.items()]
         overrides += _FOLDERS if (option == "llava" and group == "model") or "moe_llava" in option else []
     config = load_config(overrides)
     assert build(yaml.safe_load(to_yaml(config))) == config

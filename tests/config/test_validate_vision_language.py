@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.helpers.run_config import changed, small_run
-from tests.helpers.vision_language import tiny_run
+from tests.helpers.vision_language import DATA, empty_files, tiny_run
 
 from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import AdaptationConfig, ImageEncoderSizes, RunConfig, StageConfig, TransformerSizes
@@ -18,17 +18,18 @@ TEXT = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "ffn_hidden_size": 3
 
 
 @pytest.fixture(scope="module")
-def run() -> RunConfig:
-    return tiny_run(Path("digits"), Path("never"), "experts")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return tiny_run(empty_files(tmp_path_factory.mktemp("digits")), Path("never"), "experts")
 
 
 def stage(**values: Any) -> StageConfig:
     return StageConfig(**{"trained": ("experts",), "has_experts": True} | values)
 
 
-def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run):
+def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run, tmp_path):
     assert find_faults(run) == []
-    files = ["data.path=a", "data.held_out_path=b", "data.tokenizer=c", "run_dir=never", "training.sample_tokens=0"]
+    files = [f"data.{key}={empty_files(tmp_path / key) / name}" for key, name in DATA.items()]
+    files += ["run_dir=never", "training.sample_tokens=0"]
     folders = ["model.vision_pretrained=d", "model.text_pretrained=e"]
     for name in ("projector", "language", "experts"):
         config = load_config(["model=llava", "data=llava", f"stage={name}", *files, *folders])
@@ -61,6 +62,10 @@ def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run):
             {"data__image_size": 33},
             "data.image_size is 33 but must be a multiple of model.vision_sizes.patch_size (8). Use 32 or 40.",
         ),
+        ({"data__path": "gone"}, "data.path is 'gone', which is not a file here ("),
+        ({"data__held_out_path": "gone"}, "data.held_out_path is 'gone', which is not a file here ("),
+        ({"data__image_folder": "gone"}, "data.image_folder is 'gone', but there is no such folder here ("),
+        ({"data__tokenizer": "gone"}, "data.tokenizer is 'gone', which does not exist here ("),
         ({"data__path": None}, "data.path is null. Name the JSON file to learn from."),
         ({"data__held_out_path": None}, "data.held_out_path is null. Name the JSON file to evaluate on."),
         ({"data__tokenizer": None}, "data.tokenizer is null. Name the folder of the language model's tokenizer."),

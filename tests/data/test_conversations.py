@@ -74,7 +74,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "missing file": (sample(image="three.png"), "an image is missing: a ("),
     "a number": (sample(image=3), "`image` is neither a path nor a list of paths: a"),
     "no marker": (sample(image=["one.png", "two.png"]), "not one <image> for every image: a (1 for 2)"),
-    "kind of no text": (sample(kind=3), "`kind` is no text: a (3)"),
+    "kind of no text": (sample(kind=3), "`kind` is no text without slashes: a (3)"),
     "no image": (sample(image=None), "not one <image> for every image: a (1 for 0)"),
 }
 

@@ -59,7 +59,9 @@ def load(folder: Path, samples: list[dict[str, Any]] = SAMPLES, **values: Any) -
     }
     config = LlavaDataConfig(**settings | values)
     tokenizer = load_pretrained_tokenizer(config.tokenizer)
-    return load_conversations(config, tokenizer, IMAGE, tokenizer.convert_tokens_to_ids("<image>"))
+    return load_conversations(
+        config, tokenizer, IMAGE, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
+    )
 
 
 def test_a_batch_is_what_the_json_says(folder):
@@ -87,11 +89,11 @@ def test_a_batch_is_what_the_json_says(folder):
 
     kinds = [data.train.token_kinds[kind] if kind >= 0 else None for kind in batch["token_kinds"][2].tolist()]
     assert kinds[: lengths[2]] == ["image which" if i == image else "text which" for i in ids[2, : lengths[2]]]
-    assert set(kinds[lengths[2] :]) <= {None} and data.train.kinds() == ("text", "which")
+    assert set(kinds[lengths[2] :]) <= {None}
     assert data.train.token_kinds == ("text", "image", "text text", "image text", "text which", "image which")
 
 
-def test_a_batch_of_text_brings_a_black_image_in_vain(folder):
+def test_a_batch_of_text_brings_an_image_in_vain(folder):
     batch = load(folder).train.batch([1, 1])
     assert batch["pixel_values"].shape == (1, 3, 8, 8) and not batch["pixel_values"].any()
 
@@ -143,7 +145,7 @@ def test_an_image_that_cannot_be_decoded_gives_its_place_to_the_next_sample(fold
         load(folder, samples[:1], on_broken="skip").train.batch([0])
 
 
-def test_a_tokenizer_without_padding_or_template(folder):
+def test_a_template_that_does_not_exist(folder):
     with pytest.raises(DataError, match="There is no chat template called 'llama'"):
         load(folder, template="llama")
 
@@ -159,3 +161,16 @@ def test_padding_to_a_square_keeps_the_whole_image(size, box):
     beside = np.ones(square.size, bool)
     beside[top:bottom, left:right] = False
     assert (pixels[beside] == (1, 2, 3)).all()
+
+
+def test_what_cannot_be_learned_or_scored_is_broken(folder):
+    silent = {"id": "silent", "conversations": said("What is three plus four?", "")}
+    with pytest.raises(DataError, match=r"1 x no answer has a token: silent"):
+        load(folder, [*SAMPLES, silent], template="plain")
+    blurred = SAMPLES[0] | {"id": "blurred", "image": "broken.png"}
+    held_out = folder / "more.json"
+    held_out.write_text(json.dumps([SAMPLES[0], blurred]))
+    with pytest.raises(DataError, match=r"1 x an image cannot be decoded: blurred \(.*broken.png\)"):
+        load(folder, held_out_path=f"{held_out}")
+    data = load(folder, held_out_path=f"{held_out}", on_broken="skip")
+    assert [sample.name for sample in data.held_out.samples] == ["a"]

@@ -17,14 +17,23 @@ TINY = (
 )  # fmt: skip
 
 
+DATA = {"image_folder": "images", "path": "train.json", "held_out_path": "held_out.json", "tokenizer": "tokenizer"}
+
+
 def write_digits(folder: Path) -> Path:
     """48 samples to learn from and 10 held out."""
     write_digit_questions(folder, num_train=48, num_held_out=10)
     return folder
 
 
+def empty_files(folder: Path) -> Path:
+    """What `tiny_run` needs of data where no sample is read."""
+    for name in DATA.values():
+        (folder / name).mkdir(parents=True) if name == "images" else (folder / name).touch()
+    return folder
+
+
 def tiny_run(digits: Path, run_dir: Path, stage: str, *overrides: str) -> RunConfig:
     """Four steps of a stage: a decoder of three layers, of which 0 and 2 may have experts, and images of 16 tokens."""
-    data = {"path": "train.json", "held_out_path": "held_out.json", "image_folder": "images", "tokenizer": "tokenizer"}
-    paths = [f"data.{key}={digits / name}" for key, name in data.items()]
+    paths = [f"data.{key}={digits / name}" for key, name in DATA.items()]
     return load_config([*TINY, *paths, f"run_dir={run_dir}", f"stage=demo_{stage}", *overrides])

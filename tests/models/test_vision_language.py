@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.helpers.run_config import changed
-from tests.helpers.vision_language import tiny_run
+from tests.helpers.vision_language import empty_files, tiny_run
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -44,8 +44,9 @@ DECODER = {
 
 
 @pytest.fixture(scope="module")
-def run() -> RunConfig:
-    return tiny_run(Path("digits"), Path("never"), "experts", "router=top_k", "router.k=4", "router.renormalize=true")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    router = ("router=top_k", "router.k=4", "router.renormalize=true")
+    return tiny_run(empty_files(tmp_path_factory.mktemp("digits")), Path("never"), "experts", *router)
 
 
 def stage(*trained: Any, has_experts: bool = False) -> StageConfig:
@@ -204,8 +205,10 @@ def test_a_pretrained_tower_is_taken_whole(tower, run, folders):
 
 def test_a_decoder_gets_rows_for_tokens_that_it_has_not(run, folders):
     longer = dataclasses.replace(VOCABULARY, size=61, image_token_id=60)
+    before = torch.random.get_rng_state()
     model = build(pretrained(run, folders, "clip", "qwen2"), longer)
     assert model.config.text_config.vocab_size == model.lm_head.out_features == 61
+    assert torch.equal(torch.random.get_rng_state(), before)
     known = AutoModelForCausalLM.from_pretrained(folders["qwen2"]).get_input_embeddings().weight
     assert torch.equal(model.get_input_embeddings().weight[:60], known)
 

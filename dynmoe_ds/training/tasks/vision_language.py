@@ -23,6 +23,7 @@ from dynmoe_ds.data import (
     load_pretrained_tokenizer,
 )
 from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.export import load_model
 from dynmoe_ds.models import (
@@ -39,8 +40,15 @@ from dynmoe_ds.training.evaluation import eval_mode, held_out_order, token_losse
 TOKENIZER_FOLDER = "tokenizer"
 INPUT_FILE = "vision_language.json"
 IMAGE_TOKEN = "<image>"
-# Per channel, of CLIP's training images: what its towers expect, and ours with random weights.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Mean and deviation per channel that images are normalised with, by the tower's type; CLIP's are of its own images.
+NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MUST_AGREE = [("", "image_token_id"), ("", "image_seq_length")]
+_MUST_AGREE += [(part, key) for part in ("text_config", "vision_config") for key in _SIZES]
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +67,19 @@ class VisionLanguage:
         assert isinstance(config.model, LlavaModelConfig), type(config.model).__name__
         assert config.stage is not None, "checked with the configuration"
         self.config, self.stage = config, config.stage
-        self.tokenizer = load_pretrained_tokenizer(config.data.tokenizer, needs_padding=False)
-        vocabulary = _vocabulary(self.tokenizer)
+        folder = config.data.tokenizer
+        self.tokenizer = attempt_together(lambda: load_pretrained_tokenizer(folder, needs_padding=False))
+        vocabulary = attempt_together(lambda: _vocabulary(self.tokenizer))
         self.backbone: LlavaConfig = llava_backbone(
             config.model, vocabulary, image_size=config.data.image_size, max_length=config.data.sequence_length
         )
+        mean, std = NORMALISATION[self.backbone.vision_config.model_type]
         self.image = ImageInput(
-            size=config.data.image_size, num_tokens=tokens_per_image(self.backbone), mean=CLIP_MEAN, std=CLIP_STD
+            size=config.data.image_size, num_tokens=tokens_per_image(self.backbone), mean=mean, std=std
         )
-        self.data = load_conversations(config.data, self.tokenizer, self.image, vocabulary.image_token_id)
+        self.data = load_conversations(
+            config.data, self.tokenizer, self.image, vocabulary.image_token_id, vocabulary.pad_token_id
+        )
 
     @property
     def train(self) -> ConversationExamples:
@@ -101,17 +113,25 @@ class VisionLanguage:
         """The model that the stage starts from, float32."""
         if self.stage.start is None:
             return build_vision_language(self.config, self.backbone)
-        model = load_model(self.stage.start, self.config.parallel.ep_size, self.config.model.num_slots).float()
+        start, parallel, sizes = self.stage.start, self.config.parallel, self.config.model
+        return attempt_together(lambda: self._checked(load_model(start, parallel.ep_size, sizes.num_slots)).train())
+
+    def _checked(self, model: nn.Module) -> LlavaForConditionalGeneration:
+        """`model` in float32. Raises: ConfigError if it is not what this run's sections describe."""
         if not isinstance(model, LlavaForConditionalGeneration):
-            raise ConfigError(f"stage.start is {self.stage.start}, which holds a {type(model).__name__}.")
-        for key in ("image_token_id", "image_seq_length"):
-            theirs, ours = getattr(model.config, key), getattr(self.backbone, key)
+            raise ConfigError(
+                f"stage.start is {self.stage.start}, which holds a {type(model).__name__} where a Llava is needed. "
+                "Name the folder `model` in the run folder of the stage before."
+            )
+        for part, key in _MUST_AGREE:
+            theirs, ours = (getattr(getattr(c, part) if part else c, key) for c in (model.config, self.backbone))
             if theirs != ours:
+                name = f"{part}.{key}" if part else key
                 raise ConfigError(
-                    f"stage.start is {self.stage.start}, whose {key} is {theirs}, but data.tokenizer and "
-                    f"data.image_size make it {ours}. Use the data settings of the run that left it."
+                    f"stage.start is {self.stage.start}, whose {name} is {theirs}, but the sections model and data "
+                    f"make it {ours}. Use the settings of the run that left it."
                 )
-        return model.train()
+        return model.float()
 
     def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
         examples = self.data.held_out
@@ -189,10 +209,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """
     if tokenizer.eos_token_id is None:
         raise DataError("data.tokenizer names no end-of-text token (eos_token). Use the folder of a language model.")
-    known = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    vocabulary = tokenizer.get_vocab()
+    known, end = vocabulary.get(IMAGE_TOKEN), max(vocabulary.values()) + 1  # there may be gaps
     return Vocabulary(
-        size=len(tokenizer) + (known is None),
-        image_token_id=len(tokenizer) if known is None else known,
+        size=end + (known is None),
+        image_token_id=end if known is None else known,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_token_id=tokenizer.eos_token_id,
     )

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.run_config import small_run
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
 from torch import Tensor
 
 import dynmoe_ds as dm
 from dynmoe_ds.data.chat import IGNORED
-from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.models import build_vision_language
+from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
+from dynmoe_ds.models import build_decoder, build_vision_language
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.tasks import VisionLanguage
@@ -177,14 +178,23 @@ def test_the_run_folder_says_how_images_become_input(digits: Path, alone: Path) 
 
 def test_a_start_that_does_not_fit_is_refused(digits: Path, alone: Path, tmp_path: Path) -> None:
     start = f"stage.start={alone / 'language' / 'model'}"
-    with pytest.raises(ConfigError, match=r"whose image_seq_length is 16, but data.tokenizer and data.image_size make"):
+    with pytest.raises(ConfigError, match=r"whose image_seq_length is 16, but the sections model and data make it 25"):
         VisionLanguage(tiny_run(digits, tmp_path / "a", "experts", start, "data.image_size=40")).build_model()
-    text = tiny_run(digits, tmp_path / "b", "experts", start)
+    with pytest.raises(ConfigError, match=r"whose text_config.hidden_size is 32, but the sections model and data make"):
+        VisionLanguage(
+            tiny_run(digits, tmp_path / "b", "experts", start, "model.text_sizes.hidden_size=64")
+        ).build_model()
+    experts = f"stage.start={alone / 'experts' / 'model'}"
+    with pytest.raises(ConfigError, match=r"whose routers are TopAnyConfig.*but the section router says TopKConfig"):
+        VisionLanguage(tiny_run(digits, tmp_path / "d", "experts", experts, "router=top_k")).build_model()
+    llama = tmp_path / "llama"
+    dm.save_model(build_decoder(small_run(), 60, eos_token_id=2), llama)
+    with pytest.raises(ConfigError, match=r"which holds a LlamaForCausalLM where a Llava is needed"):
+        VisionLanguage(tiny_run(digits, tmp_path / "e", "experts", f"stage.start={llama}")).build_model()
     decoder = tmp_path / "decoder"
     dm.save_model(dm.load_model(alone / "language" / "model").model.language_model, decoder)
-    with pytest.raises(Exception, match=r"describes a LlamaModel, but load_model builds transformers' models that wr"):
+    with pytest.raises(CheckpointError, match=r"describes a LlamaModel, but load_model builds transformers'"):
         VisionLanguage(tiny_run(digits, tmp_path / "c", "experts", f"stage.start={decoder}")).build_model()
-    assert text.stage is not None
 
 
 def test_a_tokenizer_that_cannot_end_an_answer_is_refused(digits: Path, tmp_path: Path) -> None:
