@@ -454,6 +454,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.text(max(value, dense), y, f" {text} ({value / dense:.2f} of dense)", va="center", fontsize=8)
             axis.axvline(dense, color="0.4", linestyle="--", linewidth=1)
             axis.set_xlim(0, 1.75 * max(values))
+            axis.xaxis.set_major_locator(plt.MaxNLocator(5))
             axis.set(xlabel=label, title=title)
             axis.tick_params(labelsize=8)
         costs = {COSTS[name]: cost for name, cost in reversed(run["costs"].items())}

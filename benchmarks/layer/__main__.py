@@ -1,6 +1,6 @@
 """What do forward, backward and memory of a `MoELayer` cost beside a dense FFN of equal FLOPs and the layers of others?
 
-    python -m benchmarks.layer                                   # the default cells, less than 10 minutes on 2 cores
+    python -m benchmarks.layer                                   # the default cells, about 10 minutes on 2 cores
     python -m benchmarks.layer --tokens 8192 --without-peers --output docs/results/layer_8192
     python -m benchmarks.layer --experts 16 64 --k 2 4 --routing skewed --dtype bfloat16     # all combinations of these
 
