@@ -3,7 +3,7 @@
 from dynmoe_ds.data.examples import Examples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
-from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations
+from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 from dynmoe_ds.data.rank_zero import from_rank_zero
@@ -36,6 +36,7 @@ __all__ = [
     "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",
+    "read_picture",
     "save_tokenizer",
     "train_tokenizer",
     "write_token_shards",

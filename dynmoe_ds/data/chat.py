@@ -60,6 +60,27 @@ def encode(
     return Tokens(input_ids=ids, labels=labels)
 
 
+def encode_prompt(
+    question: str,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    *,
+    image_token_id: int,
+    tokens_per_image: int,
+) -> list[int]:
+    """The ids after which a model answers: those of `encode` before what it would learn."""
+    turns = (Turn(text=question, is_learned=False), Turn(text="", is_learned=True))
+    tokens = encode(
+        Conversation(name="prompt", images=(), turns=turns),
+        tokenizer,
+        template,
+        image_token_id=image_token_id,
+        tokens_per_image=tokens_per_image,
+    )
+    num_prompt = next((i for i, label in enumerate(tokens.labels) if label != IGNORED), len(tokens.labels))
+    return tokens.input_ids[:num_prompt]
+
+
 def _first_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """BOS, if the tokenizer puts it before a text."""
     ids = tokenizer("")["input_ids"]

@@ -126,18 +126,19 @@ class ConversationExamples:
         for step in range(len(self)):
             sample = self.samples[(index + step) % len(self)]
             try:
-                return sample, [self._picture(file) for file in sample.images]
+                return sample, [read_picture(file, self.image) for file in sample.images]
             except DataError as error:
                 if self.on_broken == "stop":
                     raise
                 logger.error("Sample %s is left out: %s", sample.name, error)
         raise DataError("No sample has images that can be decoded.")
 
-    def _picture(self, file: Path) -> Tensor:
-        colour = tuple(round(255 * value) for value in self.image.mean)
-        square = padded_to_square(read_image(file), colour)
-        resized = square.resize((self.image.size, self.image.size), Image.Resampling.BICUBIC)
-        return normalised(resized, self.image.mean, self.image.std)
+
+def read_picture(file: Path, wanted: ImageInput) -> Tensor:
+    """[3, H, W] float32: the whole image in a square, as a tower wants it. Raises: DataError if it cannot be read."""
+    square = padded_to_square(read_image(file), tuple(round(255 * value) for value in wanted.mean))
+    resized = square.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)
+    return normalised(resized, wanted.mean, wanted.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,9 +148,11 @@ class VisionLanguage:
         return values
 
     def write_files(self, folder: Path) -> None:
-        """The tokenizer, and how images become input."""
+        """The tokenizer, and how questions and images become input."""
+        assert isinstance(self.config.data, LlavaDataConfig)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         told = {
+            "template": self.config.data.template,
             "image_size": self.image.size,
             "tokens_per_image": self.image.num_tokens,
             "image_token_id": self.backbone.image_token_id,

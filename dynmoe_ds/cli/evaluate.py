@@ -1,0 +1,44 @@
+"""`dynmoe evaluate`: the held-out data of a finished run once more, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+_EXAMPLES = """examples:
+  dynmoe evaluate runs/demo-20260101-120000
+  dynmoe evaluate runs/demo_vl/3_demo_experts --json
+"""
+
+
+def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command's parser."""
+    parser = verbs.add_parser(
+        "evaluate",
+        help="evaluate a trained model",
+        description="Print what a finished run's task measures on its held-out data, with the mean number of experts "
+        "per token and active parameters beside it, in one process. docs/metrics.md explains the names.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the metrics. Raises: DataError or CheckpointError for a folder, or data, that cannot be used."""
+    from dynmoe_ds.training.saved_run import SavedRun
+
+    values = {metric.name: metric.value for metric in SavedRun(arguments.run_dir).evaluate()}
+    if arguments.json:
+        print(json.dumps(values, indent=2))
+    else:
+        width = max(map(len, values))
+        for name, value in values.items():
+            print(f"{name:<{width}}  {value:,.6g}")
+    return 0

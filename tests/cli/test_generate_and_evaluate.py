@@ -1,0 +1,158 @@
+"""`dynmoe generate` and `dynmoe evaluate` on what runs have left, in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.helpers.spawn import run_ranks
+from tests.helpers.vision_language import tiny_run, write_digits
+
+import dynmoe_ds as dm
+from dynmoe_ds.cli.main import main
+from dynmoe_ds.config.load import load_config
+from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.data.conversations import IMAGE_MARKER
+from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.saved_run import SavedRun
+from dynmoe_ds.training.tasks import VisionLanguage
+from dynmoe_ds.training.writer import Prompt, Writer
+
+
+def train_both(rank: int, world_size: int, digits: str, folder: str) -> None:
+    """A vision-language model that gets a part of its answers right, and a small decoder of text."""
+    everything = "stage.trained=[vision_tower,projector,language_model]"
+    overrides = ["training.steps=30", "training.micro_batch_size=16", "training.eval_every_steps=30", "optim.lr=5e-3"]
+    Trainer(tiny_run(Path(digits), Path(folder) / "vl", "experts", everything, *overrides)).run()
+    small = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.dense_ffn_hidden_size=32"]
+    small += ["model.expert_ffn_hidden_size=16", "model.num_slots=4", "data.vocab_size=300", "data.sequence_length=16"]
+    steps = ["training.steps=2", "training.micro_batch_size=2", "training.eval_sequences=4", "optim.warmup_steps=1"]
+    common = ["parallel=single", "telemetry=disabled", "adaptation=none", "training.sample_tokens=0"]
+    Trainer(load_config([*small, *steps, *common, f"run_dir={folder}/text"])).run()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(train_both, 1, f"{write_digits(folder / 'digits')}", f"{folder}", timeout_s=200)
+    return folder
+
+
+def logged(run_dir: Path) -> dict[str, Any]:
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in last.items() if name.startswith("eval/")}
+
+
+@pytest.mark.parametrize("name", ["vl", "text"])
+def test_evaluation_says_what_the_run_said(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", f"{runs / name}", "--json"]) == 0
+    found, want = json.loads(capsys.readouterr().out), logged(runs / name)
+    assert found.keys() == want.keys() and "eval/mean_k" in found and "eval/active_parameters" in found
+    scored = "eval/forward_flops_per_token"
+    assert found.pop(scored) <= want.pop(scored), "a saved pool has no free slots to score"
+    assert found == {key: pytest.approx(value, rel=1e-5) for key, value in want.items()}
+    assert main(["evaluate", f"{runs / name}"]) == 0
+    lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(lines["eval/loss"]) == pytest.approx(want["eval/loss"], rel=1e-4)
+
+
+def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> None:
+    """And alone what a loop without a cache and without padding says, which is exact match in evaluation."""
+    run = SavedRun(runs / "vl")
+    held_out = VisionLanguage(run.config).data.held_out
+    asked = json.loads((runs / "digits" / "held_out.json").read_text())
+    images = runs / "digits" / "images"
+    prompts = [
+        Prompt(
+            text=sample["conversations"][0]["value"], images=(images / sample["image"],) if "image" in sample else ()
+        )
+        for sample in asked
+    ]
+    writer = Writer(run)
+    together = writer.write(prompts, max_new_tokens=3)
+    assert together == [writer.write([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    assert len({len(prompt.text) for prompt in prompts}) > 2
+    right = [text == sample["conversations"][1]["value"] for text, sample in zip(together, asked, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(logged(runs / "vl")["eval/exact_match"])
+    for index, text in enumerate(together):
+        batch = held_out.batch([index])
+        first = int((batch["labels"][0] != IGNORED).nonzero()[0])
+        ids = batch["input_ids"][:, :first]
+        pixels = {"pixel_values": batch["pixel_values"]} if prompts[index].images else {}
+        with torch.no_grad():
+            while ids.shape[1] < first + 3 and ids[0, -1] != writer._tokenizer.eos_token_id:
+                ids = torch.cat([ids, run.model(input_ids=ids, **pixels).logits[:, -1:].argmax(-1)], 1)
+        assert writer._tokenizer.decode(ids[0, first:], skip_special_tokens=True) == text
+
+
+def test_the_command_prints_a_text_per_prompt(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "digit.png"
+    Image.new("L", (16, 16), 200).save(image)
+    question = f"{IMAGE_MARKER}Which digit is this?"
+    common = ["generate", f"{runs / 'vl'}", "--tokens", "2"]
+    assert main([*common, "--prompt", question, "--image", f"{image}"]) == 0
+    one = capsys.readouterr().out
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"text": question, "images": [f"{image}"]}, {"text": "What is one plus two?"}]))
+    assert main([*common, "--file", f"{file}"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == one.splitlines()[0]
+
+
+def test_a_decoder_of_text_goes_on_with_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", f"{runs / 'text'}", "--prompt", "The ", "--tokens", "5"]
+    drawn = []
+    for more in ([], [], ["--temperature", "2", "--seed", "1"], ["--temperature", "2", "--seed", "1"]):
+        assert main([*command, *more]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] != drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give one of --prompt and --file."),
+        (["--prompt", "a", "--file", "b"], "Give one of --prompt and --file."),
+        (["--file", "b", "--image", "c"], "--image belongs to --prompt."),
+        (["--prompt", "a", "--tokens", "0"], "--tokens is 0 but must be at least 1."),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0 but must not be negative."),
+        (["--file", "gone.json"], "gone.json cannot be read: No such file or directory"),
+        (["--file", "{}/digits/images"], "cannot be read: Is a directory"),
+        (["--file", "{}/vl/config.yaml"], "is no JSON list of prompts (JSONDecodeError"),
+        (["--prompt", "<image>Which digit?"], "has 1 <image> for 0 images. Write one for each."),
+        (["--prompt", "<image>", "--image", "gone.png"], "gone.png cannot be read as an image"),
+    ],
+)
+def test_prompts_that_cannot_work(
+    arguments: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", f"{runs / 'vl'}", *(text.replace("{}", f"{runs}") for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_models_see_no_images_and_need_something_to_begin_with(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", f"{runs / 'text'}", "--prompt", "a", "--image", "b.png"]) == 2
+    assert "holds a model of text, which sees no images." in capsys.readouterr().err
+    assert main(["generate", f"{runs / 'text'}", "--prompt", ""]) == 2
+    assert "The prompt '' has no token." in capsys.readouterr().err
+
+
+def test_folders_that_are_no_finished_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", f"{tmp_path}"]) == 2
+    assert "has no config.yaml (seen from" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("")
+    assert main(["generate", f"{tmp_path}", "--prompt", "a"]) == 2
+    assert "has no model (seen from" in capsys.readouterr().err
+    told = (runs / "vl" / "vision_language.json").read_text()
+    try:
+        (runs / "vl" / "vision_language.json").write_text("{}")
+        assert main(["generate", f"{runs / 'vl'}", "--prompt", "a"]) == 2
+        assert "vision_language.json is damaged: KeyError 'image_size'." in capsys.readouterr().err
+    finally:
+        (runs / "vl" / "vision_language.json").write_text(told)
+    assert dm.load_model(runs / "vl" / "model").can_generate()
