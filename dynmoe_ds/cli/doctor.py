@@ -25,6 +25,12 @@ _PACKAGES = (
 _STALE_AFTER_S = 15 * 60
 
 
+_EXAMPLES = """examples:
+  dynmoe doctor
+  dynmoe doctor experiment=moe_llava_phi stage=projector data.path=captions.json model.text_pretrained=phi-2 ...
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """One line of the report: `missing` makes the verb fail, `note` does not."""
@@ -39,11 +45,13 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "doctor",
         help="check that this machine has what a run needs",
-        description="Check versions, accelerator, communication backends and left-over locks. Ends with exit code 1 "
-        "when something that a run needs is missing. Compiles the functions for CPUs; nothing else is changed.",
-        epilog="example:\n  dynmoe doctor\n",
+        description="Check versions, accelerator, communication backends and left-over locks; with overrides also "
+        "whether the run they describe has its weights and data. Ends with exit code 1 when something is missing. "
+        "Compiles the functions for CPUs; nothing else is changed.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `dynmoe train`")
     parser.set_defaults(run=run)
 
 
@@ -56,9 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         *integration_findings(),
         *lock_findings(extensions_folder()),
     ]
+    if arguments.overrides:
+        from dynmoe_ds.cli.doctor_of_runs import run_findings
+
+        findings += run_findings(arguments.overrides)
     for finding in findings:
         print(f"{finding.state:<8} {finding.subject:<20} {finding.text}")
-    missing = [finding.subject for finding in findings if finding.state == "missing"]
+    missing = list(dict.fromkeys(finding.subject for finding in findings if finding.state == "missing"))
     print(f"\nMissing: {', '.join(missing)}." if missing else "\nEverything a run needs is here.")
     return 1 if missing else 0
 

@@ -16,7 +16,7 @@ from dynmoe_ds.cli import doctor
 
 def test_this_machine_is_fine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "extensions_folder", lambda: Path("/nonexistent"))
-    assert doctor.run(argparse.Namespace()) == 0
+    assert doctor.run(argparse.Namespace(overrides=[])) == 0
     text = capsys.readouterr().out
     for subject in (
         "python",
@@ -44,7 +44,7 @@ def test_a_missing_package_and_a_wrong_version_are_named_and_end_with_1(
     assert findings["no-such-package"].text == "run `pip install 'no-such-package>=5'`"
     assert findings["numpy"].state == "missing" and "but run `pip install 'numpy<1'`" in findings["numpy"].text
     assert "pytest" not in findings
-    assert doctor.run(argparse.Namespace()) == 1
+    assert doctor.run(argparse.Namespace(overrides=[])) == 1
     assert "Missing: no-such-package, numpy." in capsys.readouterr().out
 
 
