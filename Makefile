@@ -27,6 +27,7 @@ demo: setup
 
 demo-vl: setup data/digits
 	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts run_dir=runs/demo_vl
+	$(BIN)/dynmoe evaluate runs/demo_vl/3_demo_experts --answers runs/demo_vl/answers.png
 
 data/digits: | setup
 	$(BIN)/python -m dynmoe_ds.data.digit_questions $@

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   dynmoe evaluate runs/demo-20260101-120000
-  dynmoe evaluate runs/demo_vl/3_demo_experts --json
+  dynmoe evaluate runs/demo_vl/3_demo_experts --answers answers.png
 """
 
 
@@ -27,6 +27,11 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="of a vision-language run: a PNG to write, of held-out questions, answers and the experts that fired",
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,7 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the metrics. Raises: DataError or CheckpointError for a folder, or data, that cannot be used."""
     from dynmoe_ds.training.saved_run import SavedRun
 
-    values = {metric.name: metric.value for metric in SavedRun(arguments.run_dir).evaluate()}
+    saved = SavedRun(arguments.run_dir)
+    if arguments.answers is not None:
+        from dynmoe_ds.training.answer_pictures import draw_answers
+
+        draw_answers(saved, arguments.answers)
+    values = {metric.name: metric.value for metric in saved.evaluate()}
     if arguments.json:
         print(json.dumps(values, indent=2))
     else:

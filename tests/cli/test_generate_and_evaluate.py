@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from dynmoe_ds.config.load import load_config
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.answer_pictures import draw_answers
 from dynmoe_ds.training.saved_run import SavedRun
 from dynmoe_ds.training.tasks import VisionLanguage
 from dynmoe_ds.training.writer import Prompt, Writer
@@ -26,7 +28,8 @@ from dynmoe_ds.training.writer import Prompt, Writer
 def train_both(rank: int, world_size: int, digits: str, folder: str) -> None:
     """A vision-language model that gets a part of its answers right, and a small decoder of text."""
     everything = "stage.trained=[vision_tower,projector,language_model]"
-    overrides = ["training.steps=30", "training.micro_batch_size=16", "training.eval_every_steps=30", "optim.lr=5e-3"]
+    overrides = ["training.steps=60", "training.micro_batch_size=16", "training.eval_every_steps=60", "optim.lr=5e-3"]
+    overrides.append(f"data.held_out_path={digits}/learnt.json")
     Trainer(tiny_run(Path(digits), Path(folder) / "vl", "experts", everything, *overrides)).run()
     small = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.dense_ffn_hidden_size=32"]
     small += ["model.expert_ffn_hidden_size=16", "model.num_slots=4", "data.vocab_size=300", "data.sequence_length=16"]
@@ -38,7 +41,11 @@ def train_both(rank: int, world_size: int, digits: str, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks(train_both, 1, f"{write_digits(folder / 'digits')}", f"{folder}", timeout_s=200)
+    digits = write_digits(folder / "digits")
+    # Of what it has learnt the model gets a part right.
+    learnt = [sample for sample in json.loads((digits / "train.json").read_text()) if len(sample["conversations"]) == 2]
+    (digits / "learnt.json").write_text(json.dumps(learnt[:20]))
+    run_ranks(train_both, 1, f"{digits}", f"{folder}", timeout_s=200)
     return folder
 
 
@@ -64,7 +71,7 @@ def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> N
     """And alone what a loop without a cache and without padding says, which is exact match in evaluation."""
     run = SavedRun(runs / "vl")
     held_out = VisionLanguage(run.config).data.held_out
-    asked = json.loads((runs / "digits" / "held_out.json").read_text())
+    asked = json.loads((runs / "digits" / "learnt.json").read_text())
     images = runs / "digits" / "images"
     prompts = [
         Prompt(
@@ -77,6 +84,7 @@ def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> N
     assert together == [writer.write([prompt], max_new_tokens=3)[0] for prompt in prompts]
     assert len({len(prompt.text) for prompt in prompts}) > 2
     right = [text == sample["conversations"][1]["value"] for text, sample in zip(together, asked, strict=True)]
+    assert 0 < sum(right) < len(right), "nothing to tell apart"
     assert sum(right) / len(right) == pytest.approx(logged(runs / "vl")["eval/exact_match"])
     for index, text in enumerate(together):
         batch = held_out.batch([index])
@@ -156,3 +164,36 @@ def test_folders_that_are_no_finished_runs(runs: Path, tmp_path: Path, capsys: p
     finally:
         (runs / "vl" / "vision_language.json").write_text(told)
     assert dm.load_model(runs / "vl" / "model").can_generate()
+
+
+def test_answers_are_drawn_with_the_experts_that_fired(runs: Path, tmp_path: Path) -> None:
+    """All held-out questions: what is drawn is what `Writer` writes, and experts are those of the layers' own masks."""
+    run = SavedRun(runs / "vl")
+    answers = draw_answers(run, tmp_path / "answers.png", num_answers=20)
+    assert Image.open(tmp_path / "answers.png").width > 1000
+    asked = json.loads((runs / "digits" / "learnt.json").read_text())
+    images = runs / "digits" / "images"
+    by_images = {tuple(images / name for name in [sample.get("image")] if name): sample for sample in asked}
+    writer = Writer(run)
+    for answer in answers:
+        sample = by_images[answer.images]
+        if answer.images:  # of which each is asked about once
+            text, right = (turn["value"] for turn in sample["conversations"])
+            assert text.replace("<image>\n", "") in answer.question and answer.right == right
+            assert [answer.given] == writer.write([Prompt(text=text, images=answer.images)], max_new_tokens=32)
+        assert answer.experts.keys() == run.layers.keys() == answer.fired.keys()
+        for name, shares in answer.fired.items():
+            assert shares.shape == (2, len(answer.experts[name]))
+            assert np.isnan(shares[0]).all() == (not answer.images) and not np.isnan(shares[1]).any()
+            assert np.nanmax(shares) <= 1 and np.nansum(shares) > 0
+    assert any(answer.is_right for answer in answers) and not all(answer.is_right for answer in answers)
+
+
+def test_the_command_draws_answers_of_vision_language_runs_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", f"{runs / 'vl'}", "--answers", f"{tmp_path / 'a.png'}"]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert main(["evaluate", f"{runs / 'text'}", "--answers", f"{tmp_path / 'b.png'}"]) == 2
+    assert "is no run of a vision-language model, so there are no answers to draw." in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
