@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from dynmoe_ds.config.load import load_config
     from dynmoe_ds.dispatch import DispatchConfig
     from dynmoe_ds.engine import initialize
-    from dynmoe_ds.export import import_dynmoe_checkpoint, import_top_k_model, load_model, save_model
+    from dynmoe_ds.export import (
+        export_hugging_face,
+        import_dynmoe_checkpoint,
+        import_top_k_model,
+        load_model,
+        register_auto_classes,
+        save_model,
+    )
     from dynmoe_ds.moe import MoELayer, StepLedger, upcycle
     from dynmoe_ds.routing import (
         BudgetConfig,
@@ -46,12 +53,14 @@ _ROOMS = {
     "TopKConfig": "routing",
     "TopPConfig": "routing",
     "Trainer": "training",
+    "export_hugging_face": "export",
     "import_dynmoe_checkpoint": "export",
     "import_top_k_model": "export",
     "initialize": "engine",
     "load_config": "config.load",
     "load_model": "export",
     "mean_k_per_kind": "routing",
+    "register_auto_classes": "export",
     "register_router": "routing",
     "save_model": "export",
     "upcycle": "moe",
@@ -82,12 +91,14 @@ __all__ = [
     "TopPConfig",
     "Trainer",
     "errors",
+    "export_hugging_face",
     "import_dynmoe_checkpoint",
     "import_top_k_model",
     "initialize",
     "load_config",
     "load_model",
     "mean_k_per_kind",
+    "register_auto_classes",
     "register_router",
     "save_model",
     "upcycle",

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dynmoe_ds.cli import config, doctor, evaluate, generate, inspect, plan, stages, tokenize, train
+from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, plan, stages, tokenize, train
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, stages, evaluate, generate, config, plan, tokenize, inspect, doctor):
+    for verb in (train, stages, evaluate, generate, export, config, plan, tokenize, inspect, doctor):
         verb.add_verb(verbs)
     return parser
 

@@ -1,7 +1,16 @@
 """Trained models on disk, and models of others as models with `MoELayer`s."""
 
 from dynmoe_ds.export.dynmoe_import import import_dynmoe_checkpoint
+from dynmoe_ds.export.hugging_face import export_hugging_face, moe_class, register_auto_classes
 from dynmoe_ds.export.model import load_model, save_model
 from dynmoe_ds.export.top_k_import import import_top_k_model
 
-__all__ = ["import_dynmoe_checkpoint", "import_top_k_model", "load_model", "save_model"]
+__all__ = [
+    "export_hugging_face",
+    "import_dynmoe_checkpoint",
+    "import_top_k_model",
+    "load_model",
+    "moe_class",
+    "register_auto_classes",
+    "save_model",
+]

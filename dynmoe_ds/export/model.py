@@ -106,7 +106,7 @@ def _prepare(module: nn.Module) -> tuple[list[Entry], Manifest]:
     manifest = Manifest(
         model_class=type(module).__name__,
         config=config,
-        layers={name: _describe_layer(layer, config or {}) for name, layer in layers.items()},
+        layers={name: describe_layer(layer, config or {}) for name, layer in layers.items()},
         tied=tied_names(module),
     )
     return entries(module), manifest
@@ -122,7 +122,7 @@ def _fingerprint(manifest: Manifest, stored: list[Entry]) -> dict[str, Any]:
     return {"class": manifest.model_class, "config": manifest.config, "tied": manifest.tied, **values, **tensors}
 
 
-def _describe_layer(layer: MoELayer, config: Mapping[str, Any]) -> LayerManifest:
+def describe_layer(layer: MoELayer, config: Mapping[str, Any]) -> LayerManifest:
     return LayerManifest(
         hidden_size=layer.hidden_size,
         ffn_hidden_size=layer.ffn_hidden_size,
@@ -211,13 +211,13 @@ def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) 
         )
     model: PreTrainedModel = dense_model(kind, dict(manifest.config), seed=0)
     for name, described in manifest.layers.items():
-        layer = _build_layer(name, described, path, ep_size, num_slots)
+        layer = build_layer(name, described, path, ep_size, num_slots)
         layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)
         model.set_submodule(name, layer)
     return model
 
 
-def _build_layer(name: str, described: LayerManifest, path: Path, ep_size: int, num_slots: int | None) -> MoELayer:
+def build_layer(name: str, described: LayerManifest, path: Path, ep_size: int, num_slots: int | None) -> MoELayer:
     num_live = len(described.expert_ids)
     if described.has_shared and not described.shared_ffn_hidden_size:
         raise CheckpointError(

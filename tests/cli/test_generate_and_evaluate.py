@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
@@ -197,3 +198,23 @@ def test_the_command_draws_answers_of_vision_language_runs_alone(
     assert main(["evaluate", f"{runs / 'text'}", "--answers", f"{tmp_path / 'b.png'}"]) == 2
     assert "is no run of a vision-language model, so there are no answers to draw." in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("name", ["vl", "text"])
+def test_an_exported_run_is_read_by_transformers(
+    name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", f"{runs / name}", f"{tmp_path / 'out'}"]) == 0
+    told = capsys.readouterr().out
+    assert "config.json, " in told and "model.safetensors" in told and "tokenizer.json" in told
+    assert ("vision_language.json" in told) == (name == "vl")
+    dm.register_auto_classes()
+    auto = AutoModelForImageTextToText if name == "vl" else AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, SavedRun(runs / name).model(input_ids=ids).logits)
+    assert len(tokenizer) == model.config.get_text_config().vocab_size
+    assert main(["export", f"{runs / name}", f"{tmp_path / 'out'}"]) == 2
+    assert "out" in capsys.readouterr().err
