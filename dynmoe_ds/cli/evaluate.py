@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the metrics. Raises: DataError or CheckpointError for a folder, or data, that cannot be used."""
+    from dynmoe_ds.cli.launcher import name_accelerator
+
+    name_accelerator(os.environ)
     from dynmoe_ds.training.saved_run import SavedRun
 
     saved = SavedRun(arguments.run_dir)

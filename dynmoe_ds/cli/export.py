@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,11 +39,14 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder. Raises: DataError, ConfigError or CheckpointError, as `SavedRun` and `export_hugging_face`."""
+    from dynmoe_ds.cli.launcher import name_accelerator
+
+    name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
     from dynmoe_ds.training.saved_run import SavedRun
 
     run_dir, folder = Path(arguments.run_dir), Path(arguments.folder)
-    export_hugging_face(SavedRun(run_dir).model, folder)
+    export_hugging_face(SavedRun(run_dir).model.cpu(), folder)
     if (run_dir / _TOKENIZER_FOLDER).is_dir():
         shutil.copytree(run_dir / _TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
     if (run_dir / _INPUT_FILE).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError for values and prompts that cannot work; DataError or CheckpointError for a folder that cannot.
     """
+    from dynmoe_ds.cli.launcher import name_accelerator
+
+    name_accelerator(os.environ)
     from dynmoe_ds.training.saved_run import SavedRun
     from dynmoe_ds.training.writer import Writer
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -66,15 +66,19 @@ def rank_environment(base: Mapping[str, str], *, num_ranks: int, run_dir: str) -
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings = [base["PYTHONWARNINGS"]] if base.get("PYTHONWARNINGS") else []
     environment["PYTHONWARNINGS"] = ",".join([*_KNOWN_NOISE, *warnings])
-    if not torch.accelerator.is_available():
-        # Without it every process says that it found no accelerator.
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+    name_accelerator(environment)
     if environment.get("DS_ACCELERATOR", "cuda") == "cuda" and environment.get(_VISIBLE):
         environment[_VISIBLE] = ",".join(environment[_VISIBLE].split(",")[:num_ranks])
     else:
         # On CPU the launcher would read it as a choice of devices, of which it has one.
         environment.pop(_VISIBLE, None)
     return environment
+
+
+def name_accelerator(environment: MutableMapping[str, str]) -> None:
+    """Say that there is none where that is so: DeepSpeed would warn of it in every process that imports it."""
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _free_port() -> int:

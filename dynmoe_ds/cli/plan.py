@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,8 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError with every fault of the run's overrides and the verb's own.
     """
+    from dynmoe_ds.cli.launcher import name_accelerator
     from dynmoe_ds.config.load import load_config
     from dynmoe_ds.errors import ConfigError
+
+    name_accelerator(os.environ)
     from dynmoe_ds.planning import candidates, shape_of
     from dynmoe_ds.planning.load_cluster import load_cluster
 

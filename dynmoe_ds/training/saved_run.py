@@ -25,13 +25,13 @@ CONFIG_FILE, MODEL_FOLDER = "config.yaml", "model"
 
 
 class SavedRun:
-    """The configuration and the model of a run folder.
+    """The configuration and the model of a run folder, on this machine's accelerator if it has one.
 
     Raises: DataError if the folder is not that of a run that has come to its end with a model; CheckpointError for a
     model that cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         for name in (CONFIG_FILE, MODEL_FOLDER):
             if not (self.folder / name).exists():
@@ -40,7 +40,8 @@ class SavedRun:
                     "end with training.save_model=true."
                 )
         self.config: RunConfig = build(yaml.safe_load((self.folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        self.model: PreTrainedModel = load_model(self.folder / MODEL_FOLDER).to(device)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.model: PreTrainedModel = load_model(self.folder / MODEL_FOLDER).to(device or "cpu")
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, MoELayer)}
         padding = PaddingMask()
         padding.watch(self.model)

@@ -126,3 +126,13 @@ def test_the_launch_script_starts_the_launcher_with_the_same_command(tmp_path: P
     without = launch(PATH="/usr/bin:/bin")
     assert without.returncode == 2 and "there is no deepspeed on the PATH" in without.stderr
     assert os.access(ROOT / "launch" / "local.sh", os.X_OK)
+
+
+@pytest.mark.parametrize("command", [["plan", "experiment=demo"], ["evaluate", "nowhere"]])
+def test_a_machine_without_an_accelerator_is_no_news(command: list[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dynmoe_ds", *command], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert "accelerator" not in done.stderr
+    assert done.returncode == (0 if command[0] == "plan" else 2)
