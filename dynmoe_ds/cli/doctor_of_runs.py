@@ -28,7 +28,7 @@ def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
         folder = getattr(config.model, field.name)
         if field.name.endswith("pretrained") and folder is not None:
             yield _pretrained(f"model.{field.name}", Path(folder))
-    yield from _conversations(config)
+    yield from _data(config)
 
 
 def _devices(num_ranks: int) -> Finding:
@@ -53,9 +53,14 @@ def _pretrained(key: str, folder: Path) -> Finding:
     return Finding(state="ok", subject=key, text=f"{folder} has a configuration and weights")
 
 
-def _conversations(config: RunConfig) -> Iterator[Finding]:
-    """How many samples of LLaVA's JSON are whole, with their images; what is too long shows only in the run."""
+def _data(config: RunConfig) -> Iterator[Finding]:
+    """Whether paths exist; of LLaVA's JSON how many samples are whole, but for their length, which the run looks at."""
     if not isinstance(data := config.data, LlavaDataConfig):
+        for key in ("path", "tokenizer"):
+            if (path := getattr(data, key, None)) is not None:
+                is_there = Path(path).exists()
+                text = f"{path} is there" if is_there else f"{path} is not there (seen from {Path.cwd()})"
+                yield Finding(state="ok" if is_there else "missing", subject=f"data.{key}", text=text)
         return
     from dynmoe_ds.data.conversations import read_conversations
 

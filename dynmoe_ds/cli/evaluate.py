@@ -21,8 +21,9 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "evaluate",
         help="evaluate a trained model",
-        description="Print what a finished run's task measures on its held-out data, with the mean number of experts "
-        "per token and active parameters beside it, in one process. docs/metrics.md explains the names.",
+        description="Print what a finished run of text or vision-language measures on its held-out data, with the mean "
+        "number of experts per token and active parameters beside it, in one process. docs/metrics.md explains the "
+        "names.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

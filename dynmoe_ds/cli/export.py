@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ Then, in Python:
   model = AutoModelForCausalLM.from_pretrained("exported")     # AutoModelForImageTextToText for vision-language models
   tokenizer = AutoTokenizer.from_pretrained("exported")
 """
-_TOKENIZER_FOLDER, _INPUT_FILE = "tokenizer", "vision_language.json"
 
 
 def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,7 +31,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write: a new or an empty folder")
     parser.set_defaults(run=run)
 
 
@@ -44,12 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
     from dynmoe_ds.training.saved_run import SavedRun
+    from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
 
     run_dir, folder = Path(arguments.run_dir), Path(arguments.folder)
-    export_hugging_face(SavedRun(run_dir).model.cpu(), folder)
-    if (run_dir / _TOKENIZER_FOLDER).is_dir():
-        shutil.copytree(run_dir / _TOKENIZER_FOLDER, folder, dirs_exist_ok=True)
-    if (run_dir / _INPUT_FILE).exists():
-        shutil.copy(run_dir / _INPUT_FILE, folder)
+    model = SavedRun(run_dir).model.cpu()
+    beside = [*sorted((run_dir / TOKENIZER_FOLDER).glob("*")), *run_dir.glob(INPUT_FILE)]
+    export_hugging_face(model, folder, beside)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0

@@ -79,7 +79,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
         return [Prompt(text=arguments.prompt, images=tuple(map(Path, arguments.image)))]
     try:
         given = json.loads(Path(arguments.file).read_text(encoding="utf-8"))
-        return [Prompt(text=str(one["text"]), images=tuple(map(Path, one.get("images", [])))) for one in given]
+        return [_prompt(one["text"], one.get("images", [])) for one in given]
     except OSError as error:
         raise ConfigError(f"{arguments.file} cannot be read: {error.strerror} (seen from {Path.cwd()}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -87,3 +87,12 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
             f"{arguments.file} is no JSON list of prompts ({type(error).__name__}: {error}). Write "
             '[{"text": "...", "images": ["..."]}, ...].'
         ) from error
+
+
+def _prompt(text: object, images: object) -> Prompt:
+    """Raises: TypeError for anything but a text and a list of texts."""
+    from dynmoe_ds.training.writer import Prompt
+
+    if not isinstance(text, str) or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise TypeError(f"text {text!r}, images {images!r}")
+    return Prompt(text=text, images=tuple(map(Path, images)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -52,11 +54,11 @@ def register_auto_classes() -> None:
         auto.register(config, kind, exist_ok=True)
 
 
-def export_hugging_face(model: PreTrainedModel, folder: str | Path) -> None:
+def export_hugging_face(model: PreTrainedModel, folder: str | Path, beside: Sequence[Path] = ()) -> None:
     """Write a model with `MoELayer`s into a new folder: `config.json`, safetensors, and nothing of free slots.
 
-    model: on one rank, of a class in `KINDS`, such as `load_model` gives. `moe_class(type(model)).from_pretrained`
-    reads it, and transformers' Auto classes do after `register_auto_classes`.
+    model: on one rank, of a class in `KINDS`, such as `load_model` gives. beside: files to copy into the folder.
+    `moe_class(type(model)).from_pretrained` reads it, and transformers' Auto classes do after `register_auto_classes`.
     Raises: ConfigError for a model of another class, spread over ranks, or whose layers have modules that no file
     describes; CheckpointError if the folder is in use or cannot be written.
     """
@@ -71,8 +73,9 @@ def export_hugging_face(model: PreTrainedModel, folder: str | Path) -> None:
             f"{unknown[0]} has a shared module that is no MLP as Llama's, which no configuration describes."
         )
     kind = moe_class(model.__class__)
+    has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
     plain = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    exported = kind(kind.config_class(**plain, moe_layers=_plain(described)))
+    exported = kind(kind.config_class(**plain, output_bias=has_bias, moe_layers=_plain(described)))
     exported.to(model.dtype)
     exported.load_state_dict(_without_free_slots(model))
     exported.generation_config = model.generation_config
@@ -80,7 +83,9 @@ def export_hugging_face(model: PreTrainedModel, folder: str | Path) -> None:
     try:
         with published(Path(folder)) as aside:
             exported.save_pretrained(aside)
-    except OSError as error:
+            for file in beside:
+                shutil.copy(file, aside)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The model cannot be written to {folder}: {error}. Nothing is left of it.") from error
 
 
@@ -89,11 +94,15 @@ def moe_class(kind: Any) -> Any:
     """The class of transformers `kind` with the experts that `config.moe_layers` describes in the place of MLPs."""
     parent: Any = kind.config_class
     config_class = type(
-        f"DynMoE{parent.__name__}", (parent,), {"model_type": f"{PREFIX}{parent.model_type}", "moe_layers": {}}
+        f"DynMoE{parent.__name__}",
+        (parent,),
+        {"model_type": f"{PREFIX}{parent.model_type}", "moe_layers": {}, "output_bias": False},
     )
 
     def __init__(self: Any, config: Any) -> None:
         kind.__init__(self, config)
+        if config.output_bias and self.lm_head.bias is None:  # as a Llava's on Phi, which LlavaConfig cannot say
+            self.lm_head = nn.Linear(self.lm_head.in_features, self.lm_head.out_features)
         for name, layer in config.moe_layers.items():
             # from_pretrained builds models without memory; a layer has values that must be there from the start.
             with torch.device("cpu"):

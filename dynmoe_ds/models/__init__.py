@@ -10,6 +10,7 @@ from dynmoe_ds.models.vision_language import (
     build_vision_language,
     finish_vision_language,
     llava_backbone,
+    see_images_in_vain,
     tokens_per_image,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "finish_vision_language",
     "llava_backbone",
     "parameter_groups",
+    "see_images_in_vain",
     "shared_expert",
     "tokens_per_image",
     "vit_backbone",

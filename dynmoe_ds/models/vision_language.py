@@ -130,9 +130,14 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
 
     attempt_together(finish)
     checkpoint_activations(model, config.parallel)
-    model.model.__class__ = _SeesImagesInVain
+    see_images_in_vain(model)
     freeze_all_but(model, stage.trained)
     return model
+
+
+def see_images_in_vain(model: LlavaForConditionalGeneration) -> None:
+    """Let `model` take a batch of text alone that brings an image (`_SeesImagesInVain`)."""
+    model.model.__class__ = _SeesImagesInVain
 
 
 def freeze_all_but(model: LlavaForConditionalGeneration, trained: Sequence[str]) -> None:

@@ -19,12 +19,11 @@ from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.routing import Routing
 from dynmoe_ds.telemetry.drawing import DOTS_PER_INCH, STYLE
 from dynmoe_ds.training.saved_run import SavedRun
-from dynmoe_ds.training.tasks import VisionLanguage, build_task
+from dynmoe_ds.training.tasks import VisionLanguage
 
 _COLUMNS, _PANEL_INCHES = 3, (4.4, 1.9)
 _RIGHT, _WRONG = "#2a9d5c", "#d9480f"
 _MODALITIES = ("#1f77b4", "#b8860b")  # image, text
-_MOST_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +49,20 @@ class Answer:
 def draw_answers(run: SavedRun, file: str | Path, num_answers: int = 12) -> list[Answer]:
     """Write a PNG of the model's answers to `num_answers` held-out questions, equally many of every kind; return them.
 
-    Raises: ConfigError for a run of another task; DataError for data that are not there any more.
+    Raises: ConfigError for a run of another task, or a file that cannot be written; DataError for
+    data that are not there any more.
     """
-    task = build_task(run.config)
+    task = run.task
     if not isinstance(task, VisionLanguage):
         raise ConfigError(f"{run.folder} is no run of a vision-language model, so there are no answers to draw.")
+    if not Path(file).parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).parent} (seen from {Path.cwd()}).")
     examples = task.data.held_out
     answers = [_answer(run, task, index) for index in _spread_over_kinds(examples, num_answers)]
-    _draw(answers, Path(file))
+    try:
+        _draw(answers, Path(file))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}.") from error
     return answers
 
 
@@ -81,8 +86,9 @@ def _answer(run: SavedRun, task: VisionLanguage, index: int) -> Answer:
     after = (~is_learned[first:]).nonzero()
     last = first + int(after[0]) if len(after) else len(labels)  # of the first answer
     prompt: dict[str, Any] = {"input_ids": ids[:, :first], "attention_mask": torch.ones_like(ids[:, :first])}
-    if sample.images:
-        prompt["pixel_values"] = batch["pixel_values"]
+    num_images = int((prompt["input_ids"] == task.backbone.image_token_id).sum()) // task.image.num_tokens
+    if num_images:
+        prompt["pixel_values"] = batch["pixel_values"][:num_images]
     masks: dict[str, Tensor] = {}
     hooks = [
         layer.router.register_forward_hook(lambda _, __, routing, name=name: _note(masks, name, routing))
@@ -96,7 +102,7 @@ def _answer(run: SavedRun, task: VisionLanguage, index: int) -> Answer:
     model: Any = run.model
     end = task.tokenizer.eos_token_id
     written = model.generate(
-        **prompt, max_new_tokens=_MOST_NEW_TOKENS, do_sample=False, pad_token_id=end, eos_token_id=end, use_cache=True
+        **prompt, max_new_tokens=last - first, do_sample=False, pad_token_id=end, eos_token_id=end, use_cache=True
     )[0, first:]
     is_image = (ids[0, :first] == task.backbone.image_token_id).cpu()
     fired, experts = {}, {}
@@ -110,7 +116,7 @@ def _answer(run: SavedRun, task: VisionLanguage, index: int) -> Answer:
         question=" ".join(decode(text, skip_special_tokens=True).split()),
         right=decode(labels[first:last], skip_special_tokens=True).strip(),
         given=decode(written, skip_special_tokens=True).strip(),
-        images=sample.images,
+        images=sample.images[:num_images],
         experts=experts,
         fired=fired,
     )
@@ -156,7 +162,9 @@ def _draw_answer(panel: Any, answer: Answer) -> None:
     title = textwrap.fill(answer.question, 52)
     panel.suptitle(f"{title}\n{answer.given or '(nothing)'}{verdict}", fontsize=8.5, fontweight="bold",
                    color=_RIGHT if answer.is_right else _WRONG)  # fmt: skip
-    picture, *charts = panel.subplots(1, 1 + len(answer.fired), width_ratios=[1.1, *[1.4] * len(answer.fired)])
+    picture, *charts = panel.subplots(
+        1, 1 + len(answer.fired), squeeze=False, width_ratios=[1.1, *[1.4] * len(answer.fired)]
+    )[0]
     picture.axis("off")
     if answer.images:
         picture.imshow(np.array(read_image(answer.images[0])), interpolation="nearest")

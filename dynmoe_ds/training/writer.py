@@ -16,8 +16,7 @@ from dynmoe_ds.data.chat import encode_prompt
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.training.saved_run import SavedRun
-
-TOKENIZER_FOLDER, IMAGES_FILE = "tokenizer", "vision_language.json"
+from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,17 +39,17 @@ class _Input:
 class Writer:
     """Lets the model of a run write: a decoder goes on with a text, a vision-language model answers.
 
-    Raises: as `SavedRun`; ConfigError for a model that writes no text; DataError for a run without its tokenizer.
+    Raises: DataError for a run without its tokenizer, or a damaged file beside it.
     """
 
     def __init__(self, run: SavedRun) -> None:
-        if not run.model.can_generate():
-            raise ConfigError(f"{run.folder} holds a {type(run.model).__name__}, which writes no text.")
+        if not (run.folder / TOKENIZER_FOLDER).is_dir():
+            raise DataError(f"{run.folder} has no {TOKENIZER_FOLDER}: without it, text is nothing to its model.")
         self._run = run
         self._tokenizer: PreTrainedTokenizerFast = load_pretrained_tokenizer(
             f"{run.folder / TOKENIZER_FOLDER}", needs_padding=False
         )
-        self._input = _image_input(run.folder / IMAGES_FILE)
+        self._input = _image_input(run.folder / INPUT_FILE)
 
     def write(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
@@ -120,4 +119,6 @@ def _image_input(file: Path) -> _Input | None:
         )
         return _Input(template=told["template"], image=image, image_token_id=told["image_token_id"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged: {type(error).__name__} {error}. Copy the run folder again.") from error
+        raise DataError(
+            f"{file} cannot be used ({type(error).__name__}: {error}): it is damaged, or of another version."
+        ) from error

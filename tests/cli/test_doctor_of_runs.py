@@ -66,6 +66,14 @@ def test_samples_are_counted(digits: Path, tmp_path: Path) -> None:
     assert state == "missing" and "holds no tokenizer that can be read" in text
 
 
+def test_other_data_are_looked_for(tmp_path: Path) -> None:
+    found = run_findings(["experiment=image_vit_small", f"data.path={tmp_path}", "run_dir=never"])
+    assert [(f.state, f.text) for f in found if f.subject == "data.path"] == [("ok", f"{tmp_path} is there")]
+    found = run_findings(["experiment=image_vit_small", "data.path=gone", "run_dir=never"])
+    (missing,) = (finding for finding in found if finding.subject == "data.path")
+    assert missing.state == "missing" and missing.text.startswith("gone is not there (seen from")
+
+
 def test_faults_are_missing_and_end_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "experiment=moe_llava_phi", "stage=projector"]) == 1
     told = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
-from dynmoe_ds.config.load import load_config
+from dynmoe_ds.config.load import load_config, to_yaml
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.data.conversations import IMAGE_MARKER
+from dynmoe_ds.models import build_vision_language
 from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.answer_pictures import draw_answers
 from dynmoe_ds.training.saved_run import SavedRun
@@ -46,6 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Of what it has learnt the model gets a part right.
     learnt = [sample for sample in json.loads((digits / "train.json").read_text()) if len(sample["conversations"]) == 2]
     (digits / "learnt.json").write_text(json.dumps(learnt[:20]))
+    (digits / "odd.json").write_text('[{"text": "a", "images": "b.png"}]')
     run_ranks(train_both, 1, f"{digits}", f"{folder}", timeout_s=200)
     return folder
 
@@ -131,6 +134,7 @@ def test_a_decoder_of_text_goes_on_with_it(runs: Path, capsys: pytest.CaptureFix
         (["--file", "gone.json"], "gone.json cannot be read: No such file or directory"),
         (["--file", "{}/digits/images"], "cannot be read: Is a directory"),
         (["--file", "{}/vl/config.yaml"], "is no JSON list of prompts (JSONDecodeError"),
+        (["--file", "{}/digits/odd.json"], "is no JSON list of prompts (TypeError: text 'a', images 'b.png')"),
         (["--prompt", "<image>Which digit?"], "has 1 <image> for 0 images. Write one for each."),
         (["--prompt", "<image>", "--image", "gone.png"], "gone.png cannot be read as an image"),
     ],
@@ -157,11 +161,23 @@ def test_folders_that_are_no_finished_runs(runs: Path, tmp_path: Path, capsys: p
     (tmp_path / "config.yaml").write_text("")
     assert main(["generate", f"{tmp_path}", "--prompt", "a"]) == 2
     assert "has no model (seen from" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    for text, message in (("", "config.yaml holds no configuration."), ("a: [", "config.yaml cannot be read: ")):
+        (tmp_path / "config.yaml").write_text(text)
+        assert main(["evaluate", f"{tmp_path}"]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=image_vit_small", "data.path=images"])))
+    assert main(["export", f"{tmp_path}", f"{tmp_path}/out"]) == 2
+    assert "is of a run with data.name image_folder. Only models of text" in capsys.readouterr().err
+    bare = shutil.copytree(runs / "text", tmp_path / "bare")
+    shutil.rmtree(bare / "tokenizer")
+    assert main(["generate", f"{bare}", "--prompt", "a"]) == 2
+    assert "bare has no tokenizer: without it" in capsys.readouterr().err
     told = (runs / "vl" / "vision_language.json").read_text()
     try:
         (runs / "vl" / "vision_language.json").write_text("{}")
         assert main(["generate", f"{runs / 'vl'}", "--prompt", "a"]) == 2
-        assert "vision_language.json is damaged: KeyError 'image_size'." in capsys.readouterr().err
+        assert "vision_language.json cannot be used (KeyError: 'image_size')" in capsys.readouterr().err
     finally:
         (runs / "vl" / "vision_language.json").write_text(told)
     assert dm.load_model(runs / "vl" / "model").can_generate()
@@ -190,6 +206,26 @@ def test_answers_are_drawn_with_the_experts_that_fired(runs: Path, tmp_path: Pat
     assert any(answer.is_right for answer in answers) and not all(answer.is_right for answer in answers)
 
 
+def test_held_out_text_alone_and_models_without_experts(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of text alone bring an image in vain, as in training; and there are no bars to draw."""
+    run = shutil.copytree(runs / "vl", tmp_path / "run")
+    asked = json.loads((runs / "digits" / "learnt.json").read_text())
+    (tmp_path / "text.json").write_text(json.dumps([sample for sample in asked if "image" not in sample]))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"{runs}/digits/learnt.json", f"{tmp_path}/text.json"))
+    assert main(["evaluate", f"{run}", "--answers", f"{tmp_path / 'text.png'}"]) == 0
+    told = capsys.readouterr().out
+    assert "eval/mean_k_per_kind/text text" in told and "eval/mean_k_per_kind/image" not in told
+    shutil.rmtree(run / "model")
+    dense = VisionLanguage(SavedRun(runs / "vl").config)
+    dm.save_model(build_vision_language(dense.config, dense.backbone), run / "model")
+    (run / "config.yaml").write_text(config)
+    assert main(["evaluate", f"{run}", "--answers", f"{tmp_path / 'dense.png'}"]) == 0
+    assert "eval/mean_k" not in capsys.readouterr().out and (tmp_path / "dense.png").exists()
+
+
 def test_the_command_draws_answers_of_vision_language_runs_alone(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +234,10 @@ def test_the_command_draws_answers_of_vision_language_runs_alone(
     assert main(["evaluate", f"{runs / 'text'}", "--answers", f"{tmp_path / 'b.png'}"]) == 2
     assert "is no run of a vision-language model, so there are no answers to draw." in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
+    assert main(["evaluate", f"{runs / 'vl'}", "--answers", f"{tmp_path / 'gone' / 'c.png'}"]) == 2
+    assert "cannot be written: there is no folder" in capsys.readouterr().err
+    assert main(["evaluate", f"{runs / 'vl'}", "--answers", f"{tmp_path}"]) == 2
+    assert "cannot be written: Is a directory." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vl", "text"])
@@ -217,4 +257,4 @@ def test_an_exported_run_is_read_by_transformers(
         assert torch.equal(model(input_ids=ids).logits, SavedRun(runs / name).model(input_ids=ids).logits)
     assert len(tokenizer) == model.config.get_text_config().vocab_size
     assert main(["export", f"{runs / name}", f"{tmp_path / 'out'}"]) == 2
-    assert "out" in capsys.readouterr().err
+    assert "out exists and is not empty" in capsys.readouterr().err
