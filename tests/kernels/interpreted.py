@@ -25,7 +25,7 @@ def test_a_layer_through_the_kernels(expert: str, static_shapes: bool, monkeypat
 
     def all_slots(experts: GatedExperts, rows: Tensor, weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return GatedOfAllSlots.apply(rows, weights, slot_ends, experts.w1, experts.w3, experts.w2)
+        return GatedOfAllSlots.apply(rows, weights, slot_ends, experts.w1, experts.w3, experts.w2, "silu")
 
     monkeypatch.setattr(GatedExperts, "forward", all_slots)  # as on a GPU, where the kernels belong
     dispatch = dm.DispatchConfig(static_shapes=static_shapes)
