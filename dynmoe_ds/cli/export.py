@@ -1,4 +1,4 @@
-"""`dynmoe export`: the model of a finished run in Hugging Face's format."""
+"""`dynmoe export`: the model of a run in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dynmoe_ds.cli.saved import RUN_HELP, open_saved
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -25,12 +27,12 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "export",
         help="write a trained model in Hugging Face's format",
-        description="Write the model of a finished run, without free slots, with its tokenizer, as a folder that "
-        "transformers' from_pretrained reads where dynmoe_ds is installed.",
+        description="Write the model of a run, finished or not, without free slots, with its tokenizer, as a folder "
+        "that transformers' from_pretrained reads where dynmoe_ds is installed.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     parser.add_argument("folder", metavar="FOLDER", help="where to write: a new or an empty folder")
     parser.set_defaults(run=run)
 
@@ -41,12 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
-    from dynmoe_ds.training.saved_run import SavedRun
     from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
 
-    run_dir, folder = Path(arguments.run_dir), Path(arguments.folder)
-    model = SavedRun(run_dir).model.cpu()
-    beside = [*sorted((run_dir / TOKENIZER_FOLDER).glob("*")), *run_dir.glob(INPUT_FILE)]
-    export_hugging_face(model, folder, beside)
+    saved, folder = open_saved(arguments.run_dir), Path(arguments.folder)
+    beside = [*sorted((saved.folder / TOKENIZER_FOLDER).glob("*")), *saved.folder.glob(INPUT_FILE)]
+    export_hugging_face(saved.model.cpu(), folder, beside)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
