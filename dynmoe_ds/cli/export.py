@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli.saved import RUN_HELP, open_saved
+from dynmoe_ds.errors import DataError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from dynmoe_ds.training.saved_run import SavedRun
 
 _EXAMPLES = """examples:
   dynmoe export runs/demo-20260101-120000 exported
@@ -18,7 +24,7 @@ _EXAMPLES = """examples:
 Then, in Python:
   dm.register_auto_classes()
   model = AutoModelForCausalLM.from_pretrained("exported")     # AutoModelForImageTextToText for vision-language models
-  tokenizer = AutoTokenizer.from_pretrained("exported")
+  tokenizer = AutoTokenizer.from_pretrained("exported")        # AutoProcessor, which takes images, too
 """
 
 
@@ -43,10 +49,32 @@ def run(arguments: argparse.Namespace) -> int:
 
     name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
-    from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
+    from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
 
     saved, folder = open_saved(arguments.run_dir), Path(arguments.folder)
-    beside = [*sorted((saved.folder / TOKENIZER_FOLDER).glob("*")), *saved.folder.glob(INPUT_FILE)]
-    export_hugging_face(saved.model.cpu(), folder, beside)
+    with TemporaryDirectory() as aside:
+        if not _write_processor(saved, Path(aside)):
+            for file in (saved.folder / TOKENIZER_FOLDER).glob("*"):
+                shutil.copy(file, aside)
+        export_hugging_face(saved.model.cpu(), folder, sorted(Path(aside).iterdir()))
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
+
+
+def _write_processor(saved: SavedRun, folder: Path) -> bool:
+    """Whether there are now the files of a vision-language model's processor, with its tokenizer, in `folder`."""
+    from dynmoe_ds.data import save_processor
+    from dynmoe_ds.training.tasks.vision_language import INPUT_FILE
+    from dynmoe_ds.training.writer import Writer
+
+    if not (saved.folder / INPUT_FILE).exists():
+        return False
+    shutil.copy(saved.folder / INPUT_FILE, folder)
+    try:
+        processor = Writer(saved).processor()
+    except DataError as error:
+        print(f"dynmoe: no processor for transformers is written. {error}", file=sys.stderr)
+        return False
+    assert processor is not None, f"{INPUT_FILE} is there"
+    save_processor(processor, folder)
+    return True

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
@@ -256,5 +256,55 @@ def test_an_exported_run_is_read_by_transformers(
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, SavedRun(runs / name).model(input_ids=ids).logits)
     assert len(tokenizer) == model.config.get_text_config().vocab_size
+    assert (" processor_config.json, " in told) == (name == "vl")
     assert main(["export", f"{runs / name}", f"{tmp_path / 'out'}"]) == 2
     assert "out exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_exported_processor_makes_the_same_of_questions_and_images(runs: Path, tmp_path: Path) -> None:
+    """With the exported model it answers as `dynmoe generate`, to one question after the other and to many at once."""
+    assert main(["export", f"{runs / 'vl'}", f"{tmp_path / 'out'}"]) == 0
+    dm.register_auto_classes()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil", padding_side="left")
+    asked = [sample for sample in json.loads((runs / "digits" / "learnt.json").read_text()) if "image" in sample]
+    files = [runs / "digits" / "images" / sample["image"] for sample in asked]
+    texts = [sample["conversations"][0]["value"] for sample in asked]
+    prompts = [Prompt(text=text, images=(file,)) for text, file in zip(texts, files, strict=True)]
+    want = Writer(SavedRun(runs / "vl")).write(prompts, max_new_tokens=3)
+    assert len(set(want)) > 1
+
+    def answers(chats: list[Any], images: list[Image.Image] | None = None) -> list[str]:
+        if images is None:
+            batch = processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )  # fmt: skip
+        else:
+            rendered = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+            batch = processor(text=rendered, images=[[image] for image in images], return_tensors="pt", padding=True)
+        written = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        found: list[str] = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return found
+
+    plain = [[{"role": "user", "content": text}] for text in texts]
+    images = [Image.open(file) for file in files]
+    assert answers(plain, images) == want
+    assert [answers([chat], [image])[0] for chat, image in zip(plain, images, strict=True)] == want
+    parts = [
+        [{"type": "image", "image": image}, {"type": "text", "text": text.removeprefix("<image>\n")}]
+        for text, image in zip(texts, images, strict=True)
+    ]
+    assert answers([[{"role": "user", "content": part}] for part in parts]) == want
+
+
+def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "vl", tmp_path / "run")
+    told = json.loads((run / "vision_language.json").read_text())
+    (run / "vision_language.json").write_text(json.dumps(told | {"image_token_id": 99}))
+    assert main(["export", f"{run}", f"{tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr()
+    assert "no processor for transformers is written. The tokenizer would give <image> the id 3, but" in said.err
+    assert " processor_config.json" not in said.out and "tokenizer.json, vision_language.json" in said.out
