@@ -33,7 +33,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import dense_model, shared_expert
+from dynmoe_ds.models import empty_model, shared_expert
 from dynmoe_ds.moe import MoELayer, Placement
 
 
@@ -206,6 +206,7 @@ def _load(folder: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
 def build_model(manifest: Manifest, path: Path, ep_size: int = 1, num_slots: int | None = None) -> PreTrainedModel:
     """The model that the manifest at `path` describes, with its layers and placements; `fill` gives it its weights.
 
+    Until then the parameters outside of layers have no memory: FFNs whose places layers take never do.
     Raises: CheckpointError for one of another kind than load_model knows, ConfigError for sizes that cannot work.
     """
     kind = getattr(transformers, manifest.model_class, None)
@@ -214,7 +215,7 @@ def build_model(manifest: Manifest, path: Path, ep_size: int = 1, num_slots: int
             f"{path} describes a {manifest.model_class}, but load_model builds transformers' models that write text "
             f"only. Build the model in your own code and read {WEIGHTS_FILE} with safetensors."
         )
-    model: PreTrainedModel = dense_model(kind, dict(manifest.config), seed=0)
+    model: PreTrainedModel = empty_model(kind, dict(manifest.config))
     for name, described in manifest.layers.items():
         layer = build_layer(name, described, path, ep_size, num_slots)
         layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)
@@ -262,7 +263,9 @@ def fill(stored: Iterable[Entry], read: Callable[[str, torch.Size], Tensor]) -> 
     """
     for entry in stored:
         value = _value(entry, read)
-        if isinstance(entry.tensor, nn.Parameter):
+        if entry.tensor.is_meta:
+            torch.utils.swap_tensors(entry.tensor, nn.Parameter(value, requires_grad=entry.tensor.requires_grad))
+        elif isinstance(entry.tensor, nn.Parameter):
             entry.tensor.data = value
         else:
             entry.tensor.copy_(value)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.load import load_config, to_yaml
+from dynmoe_ds.data import read_picture
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.models import build_vision_language
@@ -267,35 +268,39 @@ def test_the_exported_processor_makes_the_same_of_questions_and_images(runs: Pat
     dm.register_auto_classes()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil", padding_side="left")
-    asked = [sample for sample in json.loads((runs / "digits" / "learnt.json").read_text()) if "image" in sample]
-    files = [runs / "digits" / "images" / sample["image"] for sample in asked]
-    texts = [sample["conversations"][0]["value"] for sample in asked]
-    prompts = [Prompt(text=text, images=(file,)) for text, file in zip(texts, files, strict=True)]
-    want = Writer(SavedRun(runs / "vl")).write(prompts, max_new_tokens=3)
-    assert len(set(want)) > 1
 
-    def answers(chats: list[Any], images: list[Image.Image] | None = None) -> list[str]:
-        if images is None:
-            batch = processor.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )  # fmt: skip
-        else:
-            rendered = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-            batch = processor(text=rendered, images=[[image] for image in images], return_tensors="pt", padding=True)
+    def answers(batch: Any) -> list[str]:
         written = model.generate(**batch, max_new_tokens=3, do_sample=False)
         found: list[str] = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return found
 
-    plain = [[{"role": "user", "content": text}] for text in texts]
-    images = [Image.open(file) for file in files]
-    assert answers(plain, images) == want
-    assert [answers([chat], [image])[0] for chat, image in zip(plain, images, strict=True)] == want
-    parts = [
-        [{"type": "image", "image": image}, {"type": "text", "text": text.removeprefix("<image>\n")}]
-        for text, image in zip(texts, images, strict=True)
+    seen: list[tuple[str, list[Path], str]] = []
+    writer = Writer(SavedRun(runs / "vl"))
+    for sample in json.loads((runs / "digits" / "learnt.json").read_text()):
+        text, files = sample["conversations"][0]["value"], [runs / "digits" / "images" / f for f in images_of(sample)]
+        (want,) = writer.write([Prompt(text=text, images=tuple(files))], max_new_tokens=3)
+        rendered = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        batch = processor(text=rendered, images=[Image.open(file) for file in files] or None, return_tensors="pt")
+        if files:
+            wanted = [read_picture(file, writer._input.image) for file in files]
+            assert torch.equal(batch["pixel_values"], torch.stack(wanted))
+        assert answers(batch) == [want]
+        seen.append((text, files, want))
+    assert len({want for _, _, want in seen}) > 1
+    chats = [
+        [{"type": "image", "image": Image.open(*files)}, {"type": "text", "text": text.removeprefix("<image>\n")}]
+        for text, files, _ in seen
+        if files
     ]
-    assert answers([[{"role": "user", "content": part}] for part in parts]) == want
+    batch = processor.apply_chat_template(
+        [[{"role": "user", "content": chat}] for chat in chats], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+    )  # fmt: skip
+    assert answers(batch) == [want for _, files, want in seen if files]
+
+
+def images_of(sample: dict[str, Any]) -> list[str]:
+    return [sample["image"]] if "image" in sample else []
 
 
 def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
@@ -307,4 +312,4 @@ def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
     assert main(["export", f"{run}", f"{tmp_path / 'out'}"]) == 0
     said = capsys.readouterr()
     assert "no processor for transformers is written. The tokenizer would give <image> the id 3, but" in said.err
-    assert " processor_config.json" not in said.out and "tokenizer.json, vision_language.json" in said.out
+    assert " processor_config.json" not in said.out and "tokenizer_config.json, vision_language.json" in said.out
