@@ -40,8 +40,8 @@ def vision_language_run(folder: Path, digits: Path) -> RunConfig:
     return tiny_run(
         digits, folder, "experts", "parallel.num_ranks=2", "parallel.ep_size=2", "parallel.zero_stage=1",
         "training.steps=12", "training.eval_every_steps=12", "checkpoint.every_steps=6", "checkpoint.keep=3",
-        "router=top_any_budget", "adaptation=split_all", "adaptation.every_steps=4", "adaptation.window_steps=2", "optim.lr=5e-2",
-        "adaptation.last_growth_step=null",
+        "adaptation=split_all", "adaptation.every_steps=4", "adaptation.window_steps=2",
+        "adaptation.last_growth_step=null", "router=top_any_budget", "optim.lr=5e-2",
     )  # fmt: skip
 
 
