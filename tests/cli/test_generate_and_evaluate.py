@@ -308,6 +308,9 @@ def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
 ) -> None:
     run = shutil.copytree(runs / "vl", tmp_path / "run")
     told = json.loads((run / "vision_language.json").read_text())
+    assert told.pop("resample") == 3, "what is meant where an older run does not say it"
+    (run / "vision_language.json").write_text(json.dumps(told))
+    assert Writer(SavedRun(run))._input == Writer(SavedRun(runs / "vl"))._input
     (run / "vision_language.json").write_text(json.dumps(told | {"image_token_id": 99}))
     assert main(["export", f"{run}", f"{tmp_path / 'out'}"]) == 0
     said = capsys.readouterr()
