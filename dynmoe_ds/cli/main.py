@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, plan, stages, tokenize, train
+from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, plan, report, stages, tokenize, train
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
 
@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   dynmoe tokenize book.txt --out shards              write text as token shards for data=token_shards
   dynmoe evaluate runs/demo                          what a trained model's held-out data say, once more
   dynmoe generate runs/demo --prompt "The "          let it write
+  dynmoe report runs/demo runs/other                 compare runs in one web page
   dynmoe inspect runs/demo/checkpoints               what is in the latest checkpoint of a run
   dynmoe doctor                                      check this machine
 """
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, stages, evaluate, generate, export, config, plan, tokenize, inspect, doctor):
+    for verb in (train, stages, evaluate, generate, export, report, config, plan, tokenize, inspect, doctor):
         verb.add_verb(verbs)
     return parser
 

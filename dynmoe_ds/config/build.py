@@ -106,7 +106,7 @@ def _fields_of(cls: type, plain: Mapping[str, Any], path: str, faults: list[str]
         name = _join(path, field.name)
         if field.name not in plain:
             if field.default is MISSING and field.default_factory is MISSING:
-                faults.append(f"{name} is missing. Give it {_expected(hints[field.name])}.")
+                faults.append(f"{name} is missing. Give it {expected(hints[field.name])}.")
             continue
         value = _convert(plain[field.name], hints[field.name], name, faults)
         if value is not _REFUSED:
@@ -160,7 +160,7 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str]) -> Any:
         value = float(value)
     if type(value) is not hint:
         given = _TYPE_NAMES.get(type(value), type(value).__name__)
-        faults.append(f"{path} is {value!r} ({given}) but must be {_expected(hint)}.")
+        faults.append(f"{path} is {value!r} ({given}) but must be {expected(hint)}.")
         return _REFUSED
     if hint is float and not math.isfinite(value):
         faults.append(f"{path} is {value} but must be a finite number.")
@@ -199,7 +199,7 @@ def _section_of_a_kind(value: Any, kinds: Mapping[str, type], path: str, faults:
 def _section(value: Any, cls: type, path: str, faults: list[str]) -> Any:
     """A nested dataclass, or `_REFUSED`."""
     if not isinstance(value, Mapping):
-        faults.append(f"{path} is {value!r} but must be {_expected(cls)}.")
+        faults.append(f"{path} is {value!r} but must be {expected(cls)}.")
         return _REFUSED
     before = len(faults)
     values = _fields_of(cls, value, path, faults)
@@ -214,7 +214,7 @@ def _section(value: Any, cls: type, path: str, faults: list[str]) -> Any:
 def _router(value: Any, path: str, faults: list[str]) -> Any:
     """A router's configuration: the preset of that name with the given fields replaced, or `_REFUSED`."""
     if not isinstance(value, Mapping):
-        faults.append(f"{path} is {value!r} but must be {_expected(RouterConfig)}.")
+        faults.append(f"{path} is {value!r} but must be {expected(RouterConfig)}.")
         return _REFUSED
     name = value.get("name")
     if not isinstance(name, str) or name not in router_names():
@@ -249,7 +249,7 @@ def _made(make: typing.Callable[[], Any], faults: list[str]) -> Any:
     return made
 
 
-def _expected(hint: Any) -> str:
+def expected(hint: Any) -> str:
     """What a user must give, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is RouterConfig:
@@ -263,7 +263,7 @@ def _expected(hint: Any) -> str:
     if origin is tuple:
         return "a list"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_expected(argument) for argument in arguments)
+        return " or ".join(expected(argument) for argument in arguments)
     return _TYPE_NAMES.get(hint, str(hint))
 
 

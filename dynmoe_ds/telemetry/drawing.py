@@ -113,6 +113,11 @@ def smoothed(series: Series, half_width: int) -> Series:
     return Series(steps=series.steps, values=means)
 
 
+def percent(shares: Series) -> Series:
+    """Shares from 0 to 1 as percentages."""
+    return Series(steps=shares.steps, values=[100 * value for value in shares.values])
+
+
 def label_steps(axes: Axes, history: RunHistory) -> None:
     """The axis below counts all steps of the run."""
     axes.set_xlabel(STEP_LABEL)

@@ -19,11 +19,13 @@ from dynmoe_ds.telemetry.drawing import (
     label_steps,
     legend_beside,
     new_figure,
+    percent,
     plot,
     plot_layers,
     tokens_above,
     whole_numbers,
 )
+from dynmoe_ds.telemetry.exact_match_pictures import draw_exact_match
 from dynmoe_ds.telemetry.history import ExpertLife, LayerHistory, LoadLine, RunHistory, Series
 from dynmoe_ds.telemetry.routing_pictures import draw_routing
 
@@ -51,6 +53,7 @@ def draw_pictures(history: RunHistory) -> Iterator[Picture]:
     with rc_context(STYLE):
         if "train/loss" in history.series or "eval/loss" in history.series:
             yield _loss_picture(history)
+        yield from draw_exact_match(history)
         if any(layer.live.steps for layer in shown):
             yield _live_picture(history, shown, names)
         if any(layer.mean_k.steps for layer in shown) or "moe/mean_k" in history.series:
@@ -197,7 +200,7 @@ def _mean_k_by_layer_picture(history: RunHistory, names: dict[str, str]) -> Pict
 
 def _unrouted_picture(history: RunHistory, shown: Sequence[LayerHistory], names: dict[str, str]) -> Picture:
     figure, axes = new_figure(3.2)
-    is_calmed = plot_layers(axes, [(names[layer.name], _percent(layer.unrouted_share)) for layer in shown])
+    is_calmed = plot_layers(axes, [(names[layer.name], percent(layer.unrouted_share)) for layer in shown])
     label_steps(axes, history)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens without an expert (%)")
@@ -307,10 +310,6 @@ def _percent_of_tokens(line: LoadLine, expert_id: int) -> float:
     if not line.num_tokens or expert_id not in line.tokens_per_expert:
         return math.nan
     return 100 * line.tokens_per_expert[expert_id] / line.num_tokens
-
-
-def _percent(shares: Series) -> Series:
-    return Series(steps=shares.steps, values=[100 * value for value in shares.values])
 
 
 def _mean_shares(loads: Sequence[LoadLine]) -> dict[int, float]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dynmoe_ds.telemetry.events import describe_change, has_change, out_of_slots_advice
 from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
+from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.pictures import MAX_LAYERS_SHOWN, Picture, draw_pictures
 from dynmoe_ds.telemetry.run_folder import ADAPTATION_FILE, CONFIG_FILE, SAMPLE_FILE, VERSIONS_FILE
 from dynmoe_ds.telemetry.trackers import clock_time, short_number
@@ -23,31 +22,6 @@ COSTS = {
     "moe/active_parameters": "active parameters per token",
     "moe/training_flops_per_token": "training FLOPs per token",
 }
-
-STYLE_SHEET = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c6370; --line: #d8dce2;
-        --ground: #ffffff; --card: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a0a7b4; --line: #3a3f47; --ground: #16181b; --card: #212429; }
-  figure img { filter: brightness(0.9); }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
-       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.soft, figcaption { color: var(--soft); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; padding: 0; }
-.facts div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
-.facts dt { color: var(--soft); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
-figure { margin: 1.5rem 0; }
-figure img { max-width: 100%; background: #fff; border-radius: .5rem; border: 1px solid var(--line); }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
-td:first-child { overflow-wrap: normal; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
-.scroll { max-height: 32rem; overflow: auto; border: 1px solid var(--line); border-radius: .5rem; }
-pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow: auto; white-space: pre-wrap; }
-details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
-"""
 
 
 def write_report(run_dir: str | Path, *, write_pictures: bool = False) -> Path:
@@ -71,25 +45,21 @@ def write_report(run_dir: str | Path, *, write_pictures: bool = False) -> Path:
 
 
 def _page(path: Path, history: RunHistory, pictures: Sequence[Picture]) -> str:
-    title = html.escape(f"Run {path.resolve().name}")
-    sections = [
-        f"<h1>{title}</h1>",
-        '<p class="soft">Training of a mixture-of-experts model: in some of its layers every token chooses which of '
-        "several small networks (the experts) to use, and experts are born and pruned while the model trains.</p>",
-        _facts(history),
-        _layer_table(history),
-        _picture_section(history, pictures),
-        _event_section(history),
-        _text_section("Generated sample", path / SAMPLE_FILE, "What the trained model wrote, after the prompt."),
-        _folded("Configuration", path / CONFIG_FILE),
-        _folded("Versions", path / VERSIONS_FILE),
-    ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE_SHEET}</style></head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
+    return page(
+        f"Run {path.resolve().name}",
+        (
+            '<p class="soft">Training of a mixture-of-experts model: in some of its layers every token chooses which '
+            "of several small networks (the experts) to use, and experts are born and pruned while the model "
+            "trains.</p>",
+            _facts(history),
+            _layer_table(history),
+            _picture_section(history, pictures),
+            answers(path, "Questions and answers"),
+            _event_section(history),
+            _text_section("Generated sample", path / SAMPLE_FILE, "What the trained model wrote, after the prompt."),
+            _folded("Configuration", path / CONFIG_FILE),
+            _folded("Versions", path / VERSIONS_FILE),
+        ),
     )
 
 
@@ -161,19 +131,14 @@ def _layer_table(history: RunHistory) -> str:
         )
     head = ["layer", "experts at start", "at end", "births", "deaths", "last mean k", "last tokens without an expert"]
     head.append("last evenness of load")
-    return "<h2>Layers</h2>" + _table(head, rows, numbers_from=1)
+    return "<h2>Layers</h2>" + table(head, rows, numbers_from=1)
 
 
 def _picture_section(history: RunHistory, pictures: Sequence[Picture]) -> str:
     if not pictures:
         return "<h2>Pictures</h2><p>Nothing was logged that could be drawn.</p>"
     figures = ["<h2>Pictures</h2>"]
-    for picture in pictures:
-        encoded = base64.b64encode(picture.png).decode()
-        figures.append(
-            f'<figure><img alt="{html.escape(picture.title)}" src="data:image/png;base64,{encoded}">\n'
-            f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-        )
+    figures += map(figure, pictures)
     if len(history.layers) > MAX_LAYERS_SHOWN:
         figures.append(
             f'<p class="soft">Pictures are drawn for {MAX_LAYERS_SHOWN} of the {len(history.layers)} layers, evenly '
@@ -196,27 +161,13 @@ def _event_section(history: RunHistory) -> str:
     if not rows:
         return "<h2>Births and deaths</h2><p>No adaptation took place in this run.</p>"
     note = ""
-    table = _table(["step", "layer", "what happened"], rows[:MAX_EVENT_ROWS], numbers_from=None)
+    rows_shown = table(["step", "layer", "what happened"], rows[:MAX_EVENT_ROWS], numbers_from=None)
     if len(rows) > MAX_EVENT_ROWS:
         note = f" The first {MAX_EVENT_ROWS} of {len(rows)} rows are shown; {ADAPTATION_FILE} has all of them."
     return (
         f'<h2>Births and deaths</h2><p class="soft">Every adaptation of the run, in words.{note}</p>'
-        f'<div class="scroll">{table}</div>'
+        f'<div class="scroll">{rows_shown}</div>'
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None) -> str:
-    """A table; columns from `numbers_from` on are set to the right."""
-
-    def row_of(tag: str, cells: Sequence[Any]) -> str:
-        right = len(cells) if numbers_from is None else numbers_from
-        return "".join(
-            f"<{tag}{' class=number' if column >= right else ''}>{html.escape(cell)}</{tag}>"
-            for column, cell in enumerate(cells)
-        )
-
-    body = "\n".join(f"<tr>{row_of('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{row_of('th', head)}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _text_section(title: str, path: Path, caption: str) -> str:

@@ -26,6 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 EXPERTS_FILE = "experts.jsonl"
 ADAPTATION_FILE = "adaptation.jsonl"
 SAMPLE_FILE = "sample.txt"
+ANSWERS_FILE = "answers.png"
 CHECKPOINT_FOLDER = "checkpoints"
 FINISHED_FILE = "finished.json"
 LINE_FILES = (METRICS_FILE, EXPERTS_FILE, ADAPTATION_FILE)

@@ -22,8 +22,12 @@ def write_fake_run(
     num_layers: int = 2,
     num_slots: int = 16,
     seed: int = 0,
+    exact_match: dict[str, float] | None = None,
 ) -> Path:
-    """Write a run whose experts are born and pruned at random. `adapt_every` or `eval_every` 0: never."""
+    """Write a run whose experts are born and pruned at random. `adapt_every` or `eval_every` 0: never.
+
+    exact_match: by kind, and of all as `""`, the shares of held-out answers at the end.
+    """
     random_numbers = random.Random(seed)
     layers = {f"model.layers.{2 * index + 1}.mlp": dict.fromkeys(range(4), 1.0) for index in range(num_layers)}
     next_id = dict.fromkeys(layers, 4)
@@ -37,6 +41,9 @@ def write_fake_run(
             folder.append_metrics(step, {"eval/loss": 3.2 + 5 * math.exp(-step / 80)}, time_s=step * 0.2 + 0.1)
         if adapt_every and step % adapt_every == 0:
             folder.append_adaptation(_adapt(step, adapt_every, layers, next_id, num_slots, random_numbers))
+    if exact_match is not None:
+        shares = {"eval/exact_match" + (f"/{kind}" if kind else ""): share for kind, share in exact_match.items()}
+        folder.append_metrics(steps, shares, time_s=steps * 0.2 + 0.2)
     folder.write_sample("The import statement <b>binds</b> the name of the module in the local namespace & returns.")
     folder.close()
     return path

@@ -1,0 +1,66 @@
+"""docs/configuration.md is what the schema and the files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dynmoe_ds.config.groups import config_groups
+from dynmoe_ds.config.load import load_config, to_plain
+from dynmoe_ds.config.reference import reference
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def rows() -> dict[str, list[list[str]]]:
+    """The cells after the key, by key; a key may be of several kinds of a section."""
+    found: dict[str, list[list[str]]] = {}
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("| `"):
+            key, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found.setdefault(key.strip("`"), []).append(cells)
+    return found
+
+
+def test_the_page_is_current() -> None:
+    if PAGE.read_text() != reference():
+        pytest.fail(
+            "docs/configuration.md is not current: python -m dynmoe_ds.config.reference > docs/configuration.md"
+        )
+
+
+def leaves(plain: object, path: str = "") -> list[str]:
+    if isinstance(plain, dict):
+        return [leaf for key, value in plain.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
+    return [path]
+
+
+@pytest.mark.parametrize("overrides", [["run_dir=x"], ["run_dir=x", "router=top_p_budget", "adaptation=none"]])
+def test_every_key_of_a_run_is_on_it(overrides: list[str]) -> None:
+    named = [
+        leaf
+        for leaf in leaves(to_plain(load_config(overrides)))
+        if not re.fullmatch(r"(model|data|router)\.name", leaf)
+    ]
+    assert len(named) > 40 and set(named) <= rows().keys() | {"adaptation", "stage"}, set(named) - rows().keys()
+
+
+def test_every_option_is_on_it() -> None:
+    text = PAGE.read_text()
+    missing = [
+        f"{group}={name}"
+        for group, names in config_groups().items()
+        for name in names
+        if f"`{group}={name}`: " not in text
+    ]
+    assert not missing
+
+
+def test_a_row_has_type_default_and_what_the_files_set() -> None:
+    found = rows()
+    (tie,) = found["model.tie_embeddings"]
+    assert tie == ["true or false", "`true`", "**llama_tiny**: `true`; llama_top_p: `false`"]
+    (zero,) = found["parallel.zero_stage"]
+    assert zero[0] == "a whole number" and zero[1] == "" and "**local**: " in zero[2]
