@@ -144,7 +144,7 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str]) -> Any:
         (other,) = (member for member in members if member is not inner)
         converted = _convert(value, inner, path, faults)
         if converted is _REFUSED:
-            faults[-1] += f" Or give {_expected(other)}."
+            faults[-1] += f" Or give {expected(other)}."
         return converted
     if origin is tuple and isinstance(value, list | tuple):
         items = [_convert(item, arguments[0], f"{path}[{index}]", faults) for index, item in enumerate(value)]
