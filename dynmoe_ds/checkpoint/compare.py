@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dynmoe_ds.checkpoint.store import TENSOR_FOLDER, Checkpoint
+from dynmoe_ds.checkpoint.store import Checkpoint
 
 _BYTES_AT_ONCE = 2**28
 
@@ -37,7 +33,7 @@ def differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
         else:
             common.append(name)
     for part in _parts(a, common):
-        first, second = _read(a, part), _read(b, part)
+        first, second = a.read_alone(part), b.read_alone(part)
         for name in part:
             x, y = first[name], second[name]
             if not torch.equal(x, y):
@@ -59,17 +55,3 @@ def _parts(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
             part, size = [], 0
     if part:
         yield part
-
-
-def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
-    reader = dcp.FileSystemReader(checkpoint.path / TENSOR_FOLDER)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        entry = stored[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    return tensors

@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +98,26 @@ class Checkpoint:
             dcp.load(dict(wanted), storage_reader=reader, process_group=group)
         except Exception as e:  # raised on every rank
             raise CheckpointError(f"The tensors of {self.path} cannot be read: {_reason(e)}") from e
+
+    def read_alone(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name in their own dtype, in this process alone, whatever ranks there are.
+
+        Raises: CheckpointError if they cannot be read.
+        """
+        try:
+            reader = dcp.FileSystemReader(self.path / TENSOR_FOLDER)
+            stored = reader.read_metadata().state_dict_metadata
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                entry = stored[name]
+                assert isinstance(entry, TensorStorageMetadata), f"{name} is a {type(entry).__name__}"
+                tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+                dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        except Exception as e:
+            raise CheckpointError(f"The tensors of {self.path} cannot be read: {_reason(e)}") from e
+        return tensors
 
     def read_shared(self) -> dict[str, Any]:
         """What was equal on all ranks."""

@@ -1,4 +1,4 @@
-"""`dynmoe evaluate`: the held-out data of a finished run once more, in one process."""
+"""`dynmoe evaluate`: the held-out data of a run once more, in one process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from dynmoe_ds.cli.saved import RUN_HELP, open_saved
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 _EXAMPLES = """examples:
   dynmoe evaluate runs/demo-20260101-120000
   dynmoe evaluate runs/demo_vl/3_demo_experts --answers answers.png
+  dynmoe evaluate runs/demo/checkpoints/step-00000500     # of a run that goes on, or was killed
 """
 
 
@@ -21,13 +24,13 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "evaluate",
         help="evaluate a trained model",
-        description="Print what a finished run of text or vision-language measures on its held-out data, with the mean "
-        "number of experts per token and active parameters beside it, in one process. docs/metrics.md explains the "
-        "names.",
+        description="Print what the model of a run of text or vision-language, finished or not, measures on its "
+        "held-out data, with the mean number of experts per token and active parameters beside it, in one process. "
+        "docs/metrics.md explains the names.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--answers",
@@ -42,9 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.cli.launcher import name_accelerator
 
     name_accelerator(os.environ)
-    from dynmoe_ds.training.saved_run import SavedRun
 
-    saved = SavedRun(arguments.run_dir)
+    saved = open_saved(arguments.run_dir)
     if arguments.answers is not None:
         from dynmoe_ds.training.answer_pictures import draw_answers
 

@@ -1,14 +1,22 @@
-"""`dynmoe export`: the model of a finished run in Hugging Face's format."""
+"""`dynmoe export`: the model of a run in Hugging Face's format."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+from dynmoe_ds.cli.saved import RUN_HELP, open_saved
+from dynmoe_ds.errors import DataError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from dynmoe_ds.training.saved_run import SavedRun
 
 _EXAMPLES = """examples:
   dynmoe export runs/demo-20260101-120000 exported
@@ -16,7 +24,7 @@ _EXAMPLES = """examples:
 Then, in Python:
   dm.register_auto_classes()
   model = AutoModelForCausalLM.from_pretrained("exported")     # AutoModelForImageTextToText for vision-language models
-  tokenizer = AutoTokenizer.from_pretrained("exported")
+  tokenizer = AutoTokenizer.from_pretrained("exported")        # AutoProcessor, which takes images, too
 """
 
 
@@ -25,12 +33,12 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "export",
         help="write a trained model in Hugging Face's format",
-        description="Write the model of a finished run, without free slots, with its tokenizer, as a folder that "
-        "transformers' from_pretrained reads where dynmoe_ds is installed.",
+        description="Write the model of a run, finished or not, without free slots, with its tokenizer, as a folder "
+        "that transformers' from_pretrained reads where dynmoe_ds is installed.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     parser.add_argument("folder", metavar="FOLDER", help="where to write: a new or an empty folder")
     parser.set_defaults(run=run)
 
@@ -41,12 +49,32 @@ def run(arguments: argparse.Namespace) -> int:
 
     name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
-    from dynmoe_ds.training.saved_run import SavedRun
-    from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
+    from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
 
-    run_dir, folder = Path(arguments.run_dir), Path(arguments.folder)
-    model = SavedRun(run_dir).model.cpu()
-    beside = [*sorted((run_dir / TOKENIZER_FOLDER).glob("*")), *run_dir.glob(INPUT_FILE)]
-    export_hugging_face(model, folder, beside)
+    saved, folder = open_saved(arguments.run_dir), Path(arguments.folder)
+    with TemporaryDirectory() as aside:
+        if not _write_processor(saved, Path(aside)):
+            for file in (saved.folder / TOKENIZER_FOLDER).glob("*"):
+                shutil.copy(file, aside)
+        export_hugging_face(saved.model.cpu(), folder, sorted(Path(aside).iterdir()))
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
+
+
+def _write_processor(saved: SavedRun, folder: Path) -> bool:
+    """Whether there are now the files of a vision-language model's processor, with its tokenizer, in `folder`."""
+    from dynmoe_ds.data import save_processor
+    from dynmoe_ds.training.tasks.vision_language import INPUT_FILE
+    from dynmoe_ds.training.writer import Writer
+
+    if not (saved.folder / INPUT_FILE).exists():
+        return False
+    shutil.copy(saved.folder / INPUT_FILE, folder)
+    try:
+        processor = Writer(saved).processor()
+    except DataError as error:
+        print(f"dynmoe: no processor for transformers is written. {error}", file=sys.stderr)
+        return False
+    assert processor is not None, f"{INPUT_FILE} is there"
+    save_processor(processor, folder)
+    return True

@@ -1,4 +1,4 @@
-"""`dynmoe generate`: text by the model of a finished run."""
+"""`dynmoe generate`: text by the model of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynmoe_ds.cli.saved import RUN_HELP, open_saved
 from dynmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _EXAMPLES = """examples:
   dynmoe generate runs/demo-20260101-120000 --prompt "The "
   dynmoe generate runs/demo_vl/3_demo_experts --prompt "<image>Which digit is this?" --image seven.png
   dynmoe generate runs/demo_vl/3_demo_experts --file questions.json
+  dynmoe generate runs/demo/checkpoints/step-00000500 --prompt "The "   # of a run that goes on, or was killed
 
 A file of prompts is a JSON list of {"text": ..., "images": [...]}; its prompts are written to in one batch.
 """
@@ -29,11 +31,12 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "generate",
         help="let a trained model write",
-        description="Print what the model of a finished run writes after each prompt, in one process, with a cache.",
+        description="Print what the model of a run, finished or not, writes after each prompt, in one process, with a "
+        "cache.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run that has come to its end")
+    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--prompt", metavar="TEXT", help="with <image> wherever an image stands")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image of the prompt")
     parser.add_argument("--file", metavar="FILE", help="prompts in JSON, instead of --prompt")
@@ -51,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.cli.launcher import name_accelerator
 
     name_accelerator(os.environ)
-    from dynmoe_ds.training.saved_run import SavedRun
     from dynmoe_ds.training.writer import Writer
 
     faults = []
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if faults:
         raise ConfigError(faults)
     prompts = _prompts(arguments)
-    writer = Writer(SavedRun(arguments.run_dir))
+    writer = Writer(open_saved(arguments.run_dir))
     for text in writer.write(prompts, arguments.tokens, arguments.temperature, arguments.seed):
         print(text)
     return 0

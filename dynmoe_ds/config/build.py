@@ -135,8 +135,17 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str]) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(value, inner, path, faults)
+        members = [argument for argument in arguments if argument is not type(None)]
+        if len(members) == 1:
+            return _convert(value, members[0], path, faults)
+        # Words or a list: told apart by what is given.
+        is_list = isinstance(value, list | tuple)
+        (inner,) = (member for member in members if (typing.get_origin(member) is tuple) == is_list)
+        (other,) = (member for member in members if member is not inner)
+        converted = _convert(value, inner, path, faults)
+        if converted is _REFUSED:
+            faults[-1] += f" Or give {expected(other)}."
+        return converted
     if origin is tuple and isinstance(value, list | tuple):
         items = [_convert(item, arguments[0], f"{path}[{index}]", faults) for index, item in enumerate(value)]
         return _REFUSED if _REFUSED in items else tuple(items)

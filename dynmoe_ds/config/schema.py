@@ -107,7 +107,8 @@ class LlavaModelConfig:
 
     vision_pretrained, text_pretrained: folders of the weights of a CLIP or SigLIP tower and of a decoder, which say
     their sizes; None for random weights of `vision_sizes` (CLIP) and `text_sizes` (Llama). In a stage with experts
-    (`StageConfig`) the FFNs of the language model's `moe_layers` become `MoELayer`s of copies (`dynmoe_ds.upcycle`).
+    (`StageConfig`) the FFNs of the language model's `moe_layers` become `MoELayer`s of copies (`dynmoe_ds.upcycle`):
+    a word, or numbers of layers as in `UpcycledConfig`.
     """
 
     name: Literal["llava"] = "llava"
@@ -115,7 +116,7 @@ class LlavaModelConfig:
     vision_sizes: ImageEncoderSizes | None
     text_pretrained: str | None
     text_sizes: TransformerSizes | None
-    moe_layers: Literal["all", "even", "odd", "first_half", "second_half"]
+    moe_layers: Literal["all", "even", "odd", "first_half", "second_half"] | tuple[int, ...]
     num_experts: int
     num_slots: int
 

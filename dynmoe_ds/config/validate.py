@@ -142,6 +142,8 @@ def _llava(model: LlavaModelConfig) -> Iterator[str]:
         yield from _one_source(f"model.{part}_pretrained", pretrained, f"model.{part}_sizes", sizes)
         if sizes is not None:
             yield from _transformer_sizes(f"model.{part}_sizes", sizes)
+    if isinstance(model.moe_layers, tuple):
+        yield from _layer_numbers(model.moe_layers, model.text_sizes)
     if (text := model.text_sizes) is not None:
         # Rotary position embeddings turn pairs of channels.
         heads = text.num_heads
@@ -170,17 +172,24 @@ def _upcycled(model: UpcycledConfig) -> Iterator[str]:
     yield from _one_source("model.pretrained", model.pretrained, "model.sizes", sizes)
     if not 0 <= model.dropout < 1:
         yield f"model.dropout is {model.dropout} but must be at least 0 and below 1."
-    if not model.moe_layers:
+    yield from _layer_numbers(model.moe_layers, sizes)
+    if sizes is not None:
+        yield from _transformer_sizes("model.sizes", sizes)
+
+
+def _layer_numbers(layers: tuple[int, ...], sizes: TransformerSizes | None) -> Iterator[str]:
+    """sizes: of the model, where they are known before its weights are there."""
+    if not layers:
         yield "model.moe_layers is empty, so that no layer has experts. Name layers, counted from 0."
-    if sizes is None:
-        return
-    yield from _transformer_sizes("model.sizes", sizes)
-    last = sizes.num_layers - 1
-    if outside := [layer for layer in model.moe_layers if not -last - 1 <= layer <= last]:
+    last = None if sizes is None or sizes.num_layers < 1 else sizes.num_layers - 1
+    if last is not None and (outside := [layer for layer in layers if not -last - 1 <= layer <= last]):
         yield (
             f"model.moe_layers names {', '.join(map(str, outside))}, but the layers are 0 to {last}, or -1 to "
             f"{-last - 1} from the end."
         )
+    from_start = [layer if last is None or layer >= 0 else layer + last + 1 for layer in layers]
+    if len(set(from_start)) < len(layers):
+        yield f"model.moe_layers is {list(layers)}, which names a layer twice. Name each once."
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

@@ -3,9 +3,11 @@
 from dynmoe_ds.data.examples import Examples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
+from dynmoe_ds.data.image_statistics import ImageStatistics, read_image_statistics
 from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
+from dynmoe_ds.data.processor import llava_processor, save_processor
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.sequences import TokenSequences
 from dynmoe_ds.data.shard_writer import write_token_shards
@@ -23,6 +25,7 @@ __all__ = [
     "HeldOutOrder",
     "ImageFolderData",
     "ImageInput",
+    "ImageStatistics",
     "TextData",
     "TokenSequences",
     "TokenShardData",
@@ -30,13 +33,16 @@ __all__ = [
     "TrainingOrder",
     "end_of_text_id",
     "from_rank_zero",
+    "llava_processor",
     "load_conversations",
     "load_glue_data",
     "load_image_folder",
     "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",
+    "read_image_statistics",
     "read_picture",
+    "save_processor",
     "save_tokenizer",
     "train_tokenizer",
     "write_token_shards",

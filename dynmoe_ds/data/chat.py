@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
@@ -41,15 +42,18 @@ def encode(
 ) -> Tokens:
     """Ids and labels under a template of `TEMPLATES`, every image as `tokens_per_image` times `image_token_id`.
 
-    Segments are tokenised one by one, so that the prompt of a conversation, which is tokenised in the same way when the
-    model is used, is always the start of its ids. The tokenizer's BOS token, if it adds one, is the first.
+    What is learned is tokenised apart from what is not, so that the prompt of a conversation, which is tokenised in the
+    same way when the model is used, is always the start of its ids. The tokenizer's BOS token, if it adds one, is the
+    first.
     Raises: DataError for a template that does not exist or that the tokenizer lacks.
     """
     if template not in TEMPLATES:
         raise DataError(f"There is no chat template called {template!r}. Use {', '.join(TEMPLATES)}.")
     ids: list[int] = _first_ids(tokenizer)
     labels = [IGNORED] * len(ids)
-    for text, is_learned in TEMPLATES[template](conversation, tokenizer):
+    segments = TEMPLATES[template](conversation, tokenizer)
+    for is_learned, group in groupby(segments, key=lambda segment: segment[1]):
+        text = "".join(text for text, _ in group)
         for i, piece in enumerate(text.split(IMAGE_MARKER)):
             if i > 0:
                 ids += [image_token_id] * tokens_per_image

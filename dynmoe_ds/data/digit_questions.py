@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain, product
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from dynmoe_ds.checkpoint.publish import published
 from dynmoe_ds.data.conversations import HUMAN, IMAGE_MARKER, MODEL
 from dynmoe_ds.errors import DataError, DynMoEError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("which", "parity", "larger", "sum", "text")
 """What is asked: the digit of a scan, whether it is even, the larger of two scans, their sum, and without a picture."""
@@ -243,11 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write_digit_questions(given.folder, num_train=given.train, num_held_out=given.held_out, seed=given.seed)
     except DynMoEError as error:
-        print(f"dynmoe: {error}", file=sys.stderr)
+        logger.error("dynmoe: %s", error)
         return 2
-    print(f"{given.folder}: {given.train} training samples, {given.held_out} held out, pictures and a tokenizer")
+    logger.info(
+        "%s: %d training samples, %d held out, pictures and a tokenizer", given.folder, given.train, given.held_out
+    )
     return 0
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
     sys.exit(main())

@@ -34,13 +34,14 @@ logger = logging.getLogger(__name__)
 class ImageInput:
     """How a vision tower wants images: `size` pixels wide and high, with the given mean and deviation per channel.
 
-    num_tokens: how many tokens of the text one image takes the place of.
+    num_tokens: how many tokens of the text one image takes the place of. resample: how it is resized, PIL's number.
     """
 
     size: int
     num_tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: int = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +137,9 @@ class ConversationExamples:
 
 def read_picture(file: Path, wanted: ImageInput) -> Tensor:
     """[3, H, W] float32: the whole image in a square, as a tower wants it. Raises: DataError if it cannot be read."""
-    square = padded_to_square(read_image(file), tuple(round(255 * value) for value in wanted.mean))
-    resized = square.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)
+    # Rounded down, as LLaVA's code and transformers' processor do.
+    square = padded_to_square(read_image(file), tuple(int(255 * value) for value in wanted.mean))
+    resized = square.resize((wanted.size, wanted.size), Image.Resampling(wanted.resample))
     return normalised(resized, wanted.mean, wanted.std)
 
 

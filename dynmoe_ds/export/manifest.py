@@ -54,17 +54,16 @@ class Manifest:
         return manifest_header(FORMAT, FORMAT_VERSION) | asdict(self)
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the manifest of a model into its folder."""
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest of a model."""
+    path.write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a folder.
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file.
 
     Raises: CheckpointError, naming the file, if it is missing, damaged or of another format.
     """
-    path = folder / MANIFEST_FILE
     plain = read_json_manifest(path, FORMAT, FORMAT_VERSION, kind="model", advice="Copy the whole folder again.")
     try:
         return Manifest(

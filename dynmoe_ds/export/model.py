@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import dense_model, shared_expert
+from dynmoe_ds.models import empty_model, shared_expert
 from dynmoe_ds.moe import MoELayer, Placement
 
 
@@ -53,7 +53,7 @@ def save_model(model: Engine | nn.Module, folder: str | Path) -> None:
     folder, is_writer = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     error: Exception | None = None
     try:
-        stored, manifest = _prepare(module)
+        manifest, stored = describe_model(module), entries(module)
         if is_writer:
             check_vacant(folder)
     except Exception as e:
@@ -93,8 +93,11 @@ def load_model(folder: str | Path, ep_size: int = 1, num_slots: int | None = Non
     return model
 
 
-def _prepare(module: nn.Module) -> tuple[list[Entry], Manifest]:
-    """What is to be written, from this rank's point of view."""
+def describe_model(module: nn.Module) -> Manifest:
+    """What is needed, beside the weights, to build a model again, from this rank's point of view.
+
+    Raises: CheckpointError for experts that are spread over ranks where there are none.
+    """
     layers = moe_layers(module)
     for name, layer in layers.items():
         if layer.ep_size > 1 and not dist.is_initialized():
@@ -103,13 +106,12 @@ def _prepare(module: nn.Module) -> tuple[list[Entry], Manifest]:
                 "the other ranks cannot be gathered. Call dynmoe_ds.initialize first."
             )
     config = json.loads(module.config.to_json_string(use_diff=False)) if isinstance(module, PreTrainedModel) else None
-    manifest = Manifest(
+    return Manifest(
         model_class=type(module).__name__,
         config=config,
         layers={name: describe_layer(layer, config or {}) for name, layer in layers.items()},
         tied=tied_names(module),
     )
-    return entries(module), manifest
 
 
 def _fingerprint(manifest: Manifest, stored: list[Entry]) -> dict[str, Any]:
@@ -188,28 +190,32 @@ def _to_host(entry: Entry, parts: list[Tensor]) -> dict[str, Tensor]:
 def _write(manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path) -> None:
     try:
         with published(folder) as aside:
-            write_manifest(manifest, aside)
+            write_manifest(manifest, aside / MANIFEST_FILE)
             save_file(dict(tensors), aside / WEIGHTS_FILE, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The model cannot be written to {folder}: {error}. Nothing is left of it.") from error
 
 
 def _load(folder: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
-    manifest = read_manifest(folder)
-    model = _build(manifest, folder / MANIFEST_FILE, ep_size, num_slots)
+    path = folder / MANIFEST_FILE
+    model = build_model(read_manifest(path), path, ep_size, num_slots)
     _fill(model, folder / WEIGHTS_FILE)
     return model.eval()
 
 
-def _build(manifest: Manifest, path: Path, ep_size: int, num_slots: int | None) -> PreTrainedModel:
-    """The model with its layers and placements; its weights are of no meaning yet."""
+def build_model(manifest: Manifest, path: Path, ep_size: int = 1, num_slots: int | None = None) -> PreTrainedModel:
+    """The model that the manifest at `path` describes, with its layers and placements; `fill` gives it its weights.
+
+    Until then the parameters outside of layers have no memory: FFNs whose places layers take never do.
+    Raises: CheckpointError for one of another kind than load_model knows, ConfigError for sizes that cannot work.
+    """
     kind = getattr(transformers, manifest.model_class, None)
     if manifest.config is None or not (isinstance(kind, type) and issubclass(kind, GenerationMixin)):
         raise CheckpointError(
             f"{path} describes a {manifest.model_class}, but load_model builds transformers' models that write text "
             f"only. Build the model in your own code and read {WEIGHTS_FILE} with safetensors."
         )
-    model: PreTrainedModel = dense_model(kind, dict(manifest.config), seed=0)
+    model: PreTrainedModel = empty_model(kind, dict(manifest.config))
     for name, described in manifest.layers.items():
         layer = build_layer(name, described, path, ep_size, num_slots)
         layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)
@@ -250,18 +256,28 @@ def build_layer(name: str, described: LayerManifest, path: Path, ep_size: int, n
 
 
 @torch.no_grad()
+def fill(stored: Iterable[Entry], read: Callable[[str, torch.Size], Tensor]) -> None:
+    """Give these parameters and buffers of this rank the values that `read` gives by name and shape.
+
+    Parameters take the dtype of what is read; free slots hold zeros.
+    """
+    for entry in stored:
+        value = _value(entry, read)
+        if entry.tensor.is_meta:
+            torch.utils.swap_tensors(entry.tensor, nn.Parameter(value, requires_grad=entry.tensor.requires_grad))
+        elif isinstance(entry.tensor, nn.Parameter):
+            entry.tensor.data = value
+        else:
+            entry.tensor.copy_(value)
+
+
 def _fill(model: nn.Module, path: Path) -> None:
-    """Give every parameter and buffer of this rank its values from the file; parameters take the file's dtype."""
+    """`fill` from the file at `path`."""
     stored = entries(model)
     try:
         with safe_open(path, framework="pt") as file:
             _check_names(path, {name for entry in stored for name in entry.names()}, set(file.keys()))
-            for entry in stored:
-                value = _value(entry, file, path)
-                if isinstance(entry.tensor, nn.Parameter):
-                    entry.tensor.data = value
-                else:
-                    entry.tensor.copy_(value)
+            fill(stored, lambda name, shape: _read(file, path, name, shape))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing, damaged or was cut off: {error}. Copy the folder again.") from error
 
@@ -275,17 +291,17 @@ def _check_names(path: Path, wanted: set[str], present: set[str]) -> None:
         )
 
 
-def _value(entry: Entry, file: Any, path: Path) -> Tensor:
+def _value(entry: Entry, read: Callable[[str, torch.Size], Tensor]) -> Tensor:
     """This rank's tensor; free slots hold zeros."""
     if entry.slots is None:
-        value = _read(file, path, entry.key, entry.tensor.shape)
+        value = read(entry.key, entry.tensor.shape)
     else:
         row_shape, first = entry.tensor.shape[1:], entry.layer.local_slots.start if entry.layer is not None else 0
-        dtype = _read(file, path, next(iter(entry.slots)), row_shape).dtype
+        dtype = read(next(iter(entry.slots)), row_shape).dtype
         value = torch.zeros(entry.tensor.shape, dtype=dtype)
         for name, slot in entry.slots.items():
             if 0 <= slot - first < len(value):
-                value[slot - first] = _read(file, path, name, row_shape)
+                value[slot - first] = read(name, row_shape)
     return value
 
 

@@ -2,7 +2,7 @@
 
 from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, vit_backbone
 from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, shared_expert
-from dynmoe_ds.models.dense import dense_model
+from dynmoe_ds.models.dense import dense_model, empty_model
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
 from dynmoe_ds.models.vision_language import (
@@ -27,6 +27,7 @@ __all__ = [
     "count_parameters",
     "decoder_backbone",
     "dense_model",
+    "empty_model",
     "finish_vision_language",
     "llava_backbone",
     "parameter_groups",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,33 @@ def dense_model(kind: type[M], config: PreTrainedConfig | Mapping[str, Any], see
             _fit_output_layer(model)
     keep_frequencies_exact(model)
     return model
+
+
+def empty_model(kind: type[M], config: PreTrainedConfig | Mapping[str, Any]) -> M:
+    """`dense_model` without memory for its parameters, which are on torch's meta device; buffers have their values."""
+    with _parameters_on_meta():
+        return dense_model(kind, config, seed=0)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, a module's parameters lose their memory when it gets them, before anything is written there.
+
+    Not `torch.device("meta")`, under which buffers, such as a rotary embedding's frequencies, would have no values.
+    Source: `init_empty_weights` of accelerate.
+    """
+    ordinary = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is tied stays the same
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        ordinary(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = ordinary  # type: ignore[method-assign]
 
 
 def _fit_output_layer(model: LlavaForConditionalGeneration) -> None:

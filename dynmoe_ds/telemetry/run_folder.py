@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+MODEL_FILE = "model.json"
 METRICS_FILE = "metrics.jsonl"
 EXPERTS_FILE = "experts.jsonl"
 ADAPTATION_FILE = "adaptation.jsonl"

@@ -1,4 +1,4 @@
-"""What a finished run left, in one process and without a launcher."""
+"""What a run left, or has written so far, in one process and without a launcher."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ import yaml
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
+from dynmoe_ds.checkpoint.store import find_checkpoint, list_checkpoints, open_checkpoint
 from dynmoe_ds.config.build import build
 from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig
 from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.export import load_model
+from dynmoe_ds.export import load_checkpoint_model, load_model
+from dynmoe_ds.export.manifest import read_manifest
 from dynmoe_ds.models import count_flops, count_parameters, see_images_in_vain
 from dynmoe_ds.moe import MoELayer, PaddingMask, StepLedger, labelled
 from dynmoe_ds.telemetry import Metric
+from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, MODEL_FILE
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics
 from dynmoe_ds.training.tasks import Task, build_task
 
-CONFIG_FILE, MODEL_FOLDER = "config.yaml", "model"
+MODEL_FOLDER = "model"
 
 
 class SavedRun:
-    """The configuration and the model of a run folder, on this machine's accelerator if it has one.
+    """The configuration and the model of a run, on this machine's accelerator if it has one.
 
-    Raises: DataError if the folder is not that of a run that has come to its end with a model; ConfigError for a run
-    of a task whose model cannot be built again; CheckpointError for a model that cannot be loaded.
+    path: a run folder, whose model is that of its end (`model`) or else of its latest checkpoint; or a checkpoint of a
+    run, or its folder of checkpoints, for the latest. source: where the model is from. folder: the run's.
+    Raises: DataError if there is neither a model nor a checkpoint of a run; ConfigError for a run of a task whose model
+    cannot be built again; CheckpointError for a model or a checkpoint that cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        for name in (CONFIG_FILE, MODEL_FOLDER):
-            if not (self.folder / name).exists():
-                raise DataError(
-                    f"{folder} has no {name} (seen from {Path.cwd()}). Name the folder of a run that has come to its "
-                    "end with training.save_model=true."
-                )
+    def __init__(self, path: str | Path) -> None:
+        self.folder, self.source = _find(Path(path))
         self.config = _read_config(self.folder / CONFIG_FILE)
         if isinstance(self.config.data, GlueDataConfig | ImageFolderConfig):
             raise ConfigError(
-                f"{folder} is of a run with data.name {self.config.data.name}. Only models of text and vision-language "
-                "models are built again from a run folder; its metrics.jsonl has what was evaluated."
+                f"{self.folder} is of a run with data.name {self.config.data.name}. Only models of text and "
+                "vision-language models are built again from a run folder; its metrics.jsonl has what was evaluated."
             )
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model: PreTrainedModel = load_model(self.folder / MODEL_FOLDER).to(device or "cpu")
+        self.model: PreTrainedModel = self._load().to(device or "cpu")
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, MoELayer)}
         if isinstance(self.model, LlavaForConditionalGeneration):
             see_images_in_vain(self.model)  # as in training: held-out batches of text alone bring one
@@ -55,6 +54,18 @@ class SavedRun:
         padding.watch(self.model)
         for name, layer in self.layers.items():
             layer.name, layer.padding = name, padding
+
+    def _load(self) -> PreTrainedModel:
+        if self.source.name == MODEL_FOLDER:
+            return load_model(self.source)
+        description = self.folder / MODEL_FILE
+        if not description.exists():
+            raise DataError(
+                f"{self.folder} has no {MODEL_FILE}, which says what model {self.source.name} is a checkpoint of: the "
+                "run was begun by an older dynmoe_ds. Let it go on with this one, which writes the file as it begins."
+            )
+        dtype: torch.dtype = getattr(torch, self.config.parallel.dtype)
+        return load_checkpoint_model(open_checkpoint(self.source), read_manifest(description), description, dtype)
 
     @cached_property
     def task(self) -> Task:
@@ -84,6 +95,32 @@ class SavedRun:
                 count_flops(self.model, task.tokens_per_example),
             ),
         ]
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """The run folder, and the model or the checkpoint in it.
+
+    Raises: DataError if there is none; CheckpointError for a checkpoint that is not there.
+    """
+    folder, absolute = path, path.absolute()
+    if not (path / CONFIG_FILE).exists():
+        is_checkpoint, is_folder_of_them = (it.name == CHECKPOINT_FOLDER for it in (absolute.parent, absolute))
+        folder = absolute.parents[1] if is_checkpoint else absolute.parent if is_folder_of_them else path
+    if not (folder / CONFIG_FILE).exists():
+        raise DataError(
+            f"{folder} has no {CONFIG_FILE} (seen from {Path.cwd()}). Name the folder of a run, or a checkpoint in its "
+            f"folder {CHECKPOINT_FOLDER}."
+        )
+    if folder is not path:
+        return folder, find_checkpoint(path)
+    if (folder / MODEL_FOLDER).exists():
+        return folder, folder / MODEL_FOLDER
+    if not list_checkpoints(folder / CHECKPOINT_FOLDER):
+        raise DataError(
+            f"{folder} has no {MODEL_FOLDER} (seen from {Path.cwd()}) and no checkpoint. Name the folder of a run that "
+            "has come to its end with training.save_model=true, or has written a checkpoint (checkpoint.every_steps)."
+        )
+    return folder, find_checkpoint(folder / CHECKPOINT_FOLDER)
 
 
 def _read_config(file: Path) -> RunConfig:

@@ -23,8 +23,11 @@ from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
 from dynmoe_ds.errors import ConfigError, DynMoEError, NonFiniteError
 from dynmoe_ds.export import save_model
+from dynmoe_ds.export.manifest import write_manifest
+from dynmoe_ds.export.model import describe_model
 from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
 from dynmoe_ds.telemetry import Metric
+from dynmoe_ds.telemetry.run_folder import MODEL_FILE
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, traffic_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
@@ -89,6 +92,8 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
         self.run_log = RunLog(config, self.task, stream, self.first_step)
+        # With it a checkpoint is a model, whether or not the run comes to its end.
+        on_first_rank(lambda: write_manifest(describe_model(model), Path(config.run_dir) / MODEL_FILE))
         self._rolled_back: list[int] = []
         self.placements = self.engine.placements()
         self.interval = _Interval.starting_now(self.engine.device)

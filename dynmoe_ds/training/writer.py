@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from PIL import Image
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from dynmoe_ds.data import ImageInput, load_pretrained_tokenizer, read_picture
+from dynmoe_ds.data import ImageInput, llava_processor, load_pretrained_tokenizer, read_picture
 from dynmoe_ds.data.chat import encode_prompt
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.errors import ConfigError, DataError
@@ -81,6 +82,23 @@ class Writer:
         )
         return [self._tokenizer.decode(row, skip_special_tokens=True) for row in written[:, length:]]
 
+    def processor(self) -> LlavaProcessor | None:
+        """Transformers' processor that makes the same of prompts and images; None for a model of text.
+
+        Raises: DataError for a tokenizer that cannot have the model's image token.
+        """
+        if self._input is None:
+            return None
+        config: Any = self._run.model.config
+        return llava_processor(
+            self._tokenizer,
+            self._input.image,
+            self._input.template,
+            image_token_id=self._input.image_token_id,
+            patch_size=config.vision_config.patch_size,
+            feature_strategy=config.vision_feature_select_strategy,
+        )
+
     def _ids(self, prompt: Prompt) -> list[int]:
         num_markers = prompt.text.count(IMAGE_MARKER)
         if self._input is None:
@@ -116,6 +134,7 @@ def _image_input(file: Path) -> _Input | None:
             num_tokens=told["tokens_per_image"],
             mean=tuple(told["mean"]),
             std=tuple(told["std"]),
+            resample=told.get("resample", Image.Resampling.BICUBIC),  # what all images were resized with before
         )
         return _Input(template=told["template"], image=image, image_token_id=told["image_token_id"])
     except (ValueError, KeyError, TypeError) as error:

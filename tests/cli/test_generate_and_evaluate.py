@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.load import load_config, to_yaml
+from dynmoe_ds.data import read_picture
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.models import build_vision_language
@@ -256,5 +257,62 @@ def test_an_exported_run_is_read_by_transformers(
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, SavedRun(runs / name).model(input_ids=ids).logits)
     assert len(tokenizer) == model.config.get_text_config().vocab_size
+    assert (" processor_config.json, " in told) == (name == "vl")
     assert main(["export", f"{runs / name}", f"{tmp_path / 'out'}"]) == 2
     assert "out exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_exported_processor_makes_the_same_of_questions_and_images(runs: Path, tmp_path: Path) -> None:
+    """With the exported model it answers as `dynmoe generate`, to one question after the other and to many at once."""
+    assert main(["export", f"{runs / 'vl'}", f"{tmp_path / 'out'}"]) == 0
+    dm.register_auto_classes()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil", padding_side="left")
+
+    def answers(batch: Any) -> list[str]:
+        written = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        found: list[str] = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return found
+
+    seen: list[tuple[str, list[Path], str]] = []
+    writer = Writer(SavedRun(runs / "vl"))
+    for sample in json.loads((runs / "digits" / "learnt.json").read_text()):
+        text, files = sample["conversations"][0]["value"], [runs / "digits" / "images" / f for f in images_of(sample)]
+        (want,) = writer.write([Prompt(text=text, images=tuple(files))], max_new_tokens=3)
+        rendered = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        batch = processor(text=rendered, images=[Image.open(file) for file in files] or None, return_tensors="pt")
+        if files:
+            wanted = [read_picture(file, writer._input.image) for file in files]
+            assert torch.equal(batch["pixel_values"], torch.stack(wanted))
+        assert answers(batch) == [want]
+        seen.append((text, files, want))
+    assert len({want for _, _, want in seen}) > 1
+    chats = [
+        [{"type": "image", "image": Image.open(*files)}, {"type": "text", "text": text.removeprefix("<image>\n")}]
+        for text, files, _ in seen
+        if files
+    ]
+    batch = processor.apply_chat_template(
+        [[{"role": "user", "content": chat}] for chat in chats], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+    )  # fmt: skip
+    assert answers(batch) == [want for _, files, want in seen if files]
+
+
+def images_of(sample: dict[str, Any]) -> list[str]:
+    return [sample["image"]] if "image" in sample else []
+
+
+def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "vl", tmp_path / "run")
+    told = json.loads((run / "vision_language.json").read_text())
+    assert told.pop("resample") == 3, "what is meant where an older run does not say it"
+    (run / "vision_language.json").write_text(json.dumps(told))
+    assert Writer(SavedRun(run))._input == Writer(SavedRun(runs / "vl"))._input
+    (run / "vision_language.json").write_text(json.dumps(told | {"image_token_id": 99}))
+    assert main(["export", f"{run}", f"{tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr()
+    assert "no processor for transformers is written. The tokenizer would give <image> the id 3, but" in said.err
+    assert " processor_config.json" not in said.out and "tokenizer_config.json, vision_language.json" in said.out

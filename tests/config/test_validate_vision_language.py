@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.helpers.run_config import changed, small_run
 from tests.helpers.vision_language import DATA, empty_files, tiny_run
 
-from dynmoe_ds.config.load import load_config
+from dynmoe_ds.config.build import build
+from dynmoe_ds.config.load import load_config, to_yaml
 from dynmoe_ds.config.schema import AdaptationConfig, ImageEncoderSizes, RunConfig, StageConfig, TransformerSizes
 from dynmoe_ds.config.validate import find_faults
+from dynmoe_ds.errors import ConfigError
 
 VISION = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "ffn_hidden_size": 32}
@@ -57,6 +60,12 @@ def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run, tmp_path):
             {"model__text_sizes": TransformerSizes(**TEXT | {"num_heads": 32})},
             "model.text_sizes.hidden_size is 32 but must be a multiple of 2 x model.text_sizes.num_heads (2 x 32).",
         ),
+        ({"model__moe_layers": ()}, "model.moe_layers is empty, so that no layer has experts."),
+        (
+            {"model__moe_layers": (0, 3, -4)},
+            "model.moe_layers names 3, -4, but the layers are 0 to 2, or -1 to -3",
+        ),
+        ({"model__moe_layers": (2, 0, -1)}, "model.moe_layers is [2, 0, -1], which names a layer twice. Name each on"),
         ({"model__num_experts": 9}, "model.num_experts is 9 but must be between 1 and model.num_slots (8)"),
         (
             {"data__image_size": 33},
@@ -90,6 +99,33 @@ def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run, tmp_path):
 def test_faults(values: dict[str, Any], message: str, run: RunConfig) -> None:
     (fault,) = find_faults(changed(run, **values))
     assert fault.startswith(message)
+
+
+def test_layers_are_named_by_a_word_or_by_numbers(tmp_path: Path) -> None:
+    files = empty_files(tmp_path)
+    assert tiny_run(files, Path("never"), "experts").model.moe_layers == (0, 2)
+    for given, found in (("[1]", (1,)), ("[-1,0]", (-1, 0)), ("second_half", "second_half")):
+        run = tiny_run(files, Path("never"), "experts", f"model.moe_layers={given}")
+        assert run.model.moe_layers == found and build(yaml.safe_load(to_yaml(run))) == run
+    words = "all, even, odd, first_half or second_half"
+    for given, message in (
+        ("evn", f"model.moe_layers is 'evn'. Did you mean 'even'? Use {words}. Or give a list."),
+        ("1", f"model.moe_layers is 1. Use {words}. Or give a list."),
+        ("[a]", f"model.moe_layers[0] is 'a' (text) but must be a whole number. Or give {words}."),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            tiny_run(files, Path("never"), "experts", f"model.moe_layers={given}")
+        assert caught.value.faults == (message,)
+    folders = ["model.vision_pretrained=a", "model.text_pretrained=b", "model.vision_sizes=null"]
+    run = tiny_run(files, Path("never"), "experts", *folders, "model.text_sizes=null", "model.moe_layers=[40]")
+    assert find_faults(changed(run, model__moe_layers=(40,))) == [], "how many there are is not known yet"
+
+
+def test_the_projectors_stage_alone_does_not_group(tmp_path: Path) -> None:
+    empty_files(tmp_path)
+    run = ["experiment=demo_vl", "run_dir=never", *(f"data.{key}={tmp_path / name}" for key, name in DATA.items())]
+    found = {name: load_config([*run, f"stage={name}"]).data.group for name in ("projector", "language", "experts")}
+    assert found == {"projector": False, "language": True, "experts": True}
 
 
 def test_other_models_have_no_stages(run):

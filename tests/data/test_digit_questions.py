@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -260,14 +261,17 @@ def test_scikit_learn_is_asked_for_when_needed(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_what_the_function_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_the_function_does_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "command").mkdir()  # an empty folder may be there
-    assert main([str(tmp_path / "command"), "--train", "20", "--held-out", "5", "--seed", "1"]) == 0
-    out, err = capsys.readouterr()
-    assert (out, err) == (
-        f"{tmp_path / 'command'}: 20 training samples, 5 held out, pictures and a tokenizer\n",
-        "",
-    )
+    given = ["--train", "20", "--held-out", "5", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["digit_questions", str(tmp_path / "command"), *given])
+    monkeypatch.delitem(sys.modules, "dynmoe_ds.data.digit_questions")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("dynmoe_ds.data.digit_questions", run_name="__main__")
+    assert caught.value.code == 0
+    assert caplog.messages == [f"{tmp_path / 'command'}: 20 training samples, 5 held out, pictures and a tokenizer"]
     write_digit_questions(tmp_path / "function", num_train=20, num_held_out=5, seed=1)
     assert content(tmp_path / "command") == content(tmp_path / "function")
 
@@ -281,10 +285,9 @@ def test_the_command_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert given == {"num_train": 6000, "num_held_out": 800, "seed": 0}
 
 
-def test_the_command_tells_a_users_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_a_users_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert main([str(tmp_path / "new"), "--train", "0"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", "dynmoe: The number of training samples is 0 but must be at least 1.\n")
+    assert caplog.messages == ["dynmoe: The number of training samples is 0 but must be at least 1."]
 
 
 @pytest.mark.parametrize(

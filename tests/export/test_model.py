@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import dynmoe_ds as dm
 from dynmoe_ds.adaptation import Grow, Move, Plan, Prune
@@ -192,6 +194,42 @@ def test_a_loaded_model_is_whole(one: Any) -> None:
     layer = loaded.model.layers[0].mlp
     assert layer.num_slots == 4 and layer.placement.live_ids == (0, 1, 2, 3)
     assert layer.seed == model.model.layers[0].mlp.seed
+
+
+class _Written(TorchDispatchMode):
+    """The sizes of everything that is computed outside of the meta device; memory that is only reserved is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not f"{func}".startswith("aten.empty"):
+            self.sizes |= {
+                part.numel() for part in pytree.tree_leaves(out) if isinstance(part, Tensor) and not part.is_meta
+            }
+        return out
+
+
+def test_what_layers_replace_is_never_there(tmp_path: Path) -> None:
+    """Nor are random values for the rest; what no file holds is as it is in a model that is built in memory."""
+    own = decoder(model__hidden_size=32, model__dense_ffn_hidden_size=999).bfloat16()
+    dm.save_model(own, tmp_path / "own")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)).eval()
+    dm.save_model(dm.import_top_k_model(mixtral), tmp_path / "mixtral")
+    for name, model, of_ffn in (("own", own, 32 * 999), ("mixtral", mixtral, 3 * (2 * 24) * 16)):
+        with _Written() as written:
+            loaded = dm.load_model(tmp_path / name)
+        assert not any(param.is_meta for param in loaded.parameters())
+        buffers = dict(loaded.named_buffers())
+        assert buffers["model.rotary_emb.inv_freq"].dtype == torch.float32
+        assert torch.equal(buffers["model.rotary_emb.inv_freq"], model.model.rotary_emb.inv_freq)
+        with torch.no_grad():
+            assert torch.equal(loaded(token_ids(0)).logits, model(token_ids(0)).logits)
+        assert of_ffn not in written.sizes and written.sizes
 
 
 def test_a_larger_pool_has_room_for_experts_with_new_ids(one: Any) -> None:

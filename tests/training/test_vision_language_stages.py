@@ -12,8 +12,10 @@ from tests.helpers.run_config import small_run
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
 from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 import dynmoe_ds as dm
+from dynmoe_ds.data import ImageInput
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
 from dynmoe_ds.models import build_decoder, build_vision_language
@@ -174,6 +176,39 @@ def test_the_run_folder_says_how_images_become_input(digits: Path, alone: Path) 
     assert (told["image_size"], told["tokens_per_image"], told["image_token_id"]) == (32, 16, 3)
     assert len(told["mean"]) == len(told["std"]) == 3
     assert (alone / "projector" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_images_are_normalised_as_the_towers_folder_says(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or as is usual; the log says which, and the run folder what."""
+    caplog.set_level("INFO", "dynmoe_ds")
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = tmp_path / "tower"
+    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(tower)
+    overrides = [f"model.vision_pretrained={tower}", "model.vision_sizes=null"]
+
+    def image() -> tuple[ImageInput, str]:
+        caplog.clear()
+        task = VisionLanguage(tiny_run(digits, Path("never"), "projector", *overrides))
+        task.write_files(tmp_path)
+        told = json.loads((tmp_path / "vision_language.json").read_text())
+        assert (tuple(told["mean"]), told["resample"]) == (task.image.mean, task.image.resample)
+        return task.image, caplog.text
+
+    usual, said = image()
+    assert usual.mean == (0.48145466, 0.4578275, 0.40821073) and usual.resample == 3
+    assert "Images are normalised as is usual for a clip_vision_model." in said
+    square = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=square, image_mean=[0.1, 0.2, 0.3], resample=2
+    ).save_pretrained(tower)
+    own, said = image()
+    assert own.mean == (0.1, 0.2, 0.3) and own.std == usual.std and own.resample == 2
+    assert f"Images are normalised as {tower} says." in said
+    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=40).save_pretrained(tower)
+    with pytest.raises(ConfigError, match=r"crop_size is .*40.*, but data.image_size is 32. Correct it, or take it"):
+        image()
 
 
 def test_a_start_that_does_not_fit_is_refused(digits: Path, alone: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from dynmoe_ds.data import (
     Grouping,
     HeldOutOrder,
     ImageInput,
+    ImageStatistics,
     load_conversations,
     load_pretrained_tokenizer,
+    read_image_statistics,
 )
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.distributed import attempt_together
@@ -40,10 +43,12 @@ from dynmoe_ds.training.evaluation import eval_mode, held_out_order, token_losse
 TOKENIZER_FOLDER = "tokenizer"
 INPUT_FILE = "vision_language.json"
 IMAGE_TOKEN = "<image>"
-# Mean and deviation per channel that images are normalised with, by the tower's type; CLIP's are of its own images.
-NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+# How images are normalised where the tower's folder does not say, by its type; CLIP's numbers are of its own images.
+NORMALISATION = {
+    "clip_vision_model": ImageStatistics(
+        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+    ),
+    "siglip_vision_model": ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 }
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -73,9 +78,9 @@ class VisionLanguage:
         self.backbone: LlavaConfig = llava_backbone(
             config.model, vocabulary, image_size=config.data.image_size, max_length=config.data.sequence_length
         )
-        mean, std = NORMALISATION[self.backbone.vision_config.model_type]
+        statistics = _statistics(config.model, self.backbone)
         self.image = ImageInput(
-            size=config.data.image_size, num_tokens=tokens_per_image(self.backbone), mean=mean, std=std
+            size=config.data.image_size, num_tokens=tokens_per_image(self.backbone), **asdict(statistics)
         )
         self.data = load_conversations(
             config.data, self.tokenizer, self.image, vocabulary.image_token_id, vocabulary.pad_token_id
@@ -158,6 +163,7 @@ class VisionLanguage:
             "image_token_id": self.backbone.image_token_id,
             "mean": self.image.mean,
             "std": self.image.std,
+            "resample": self.image.resample,
         }
         (folder / INPUT_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
@@ -219,6 +225,15 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         end_token_id=tokenizer.eos_token_id,
     )
+
+
+def _statistics(model: LlavaModelConfig, backbone: LlavaConfig) -> ImageStatistics:
+    """How images are normalised; rank 0 says why. Collective: every rank. Raises: ConfigError on every rank."""
+    folder, size, kind = model.vision_pretrained, backbone.vision_config.image_size, backbone.vision_config.model_type
+    found = attempt_together(lambda: None if folder is None else read_image_statistics(folder, size))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info("Images are normalised as %s.", f"{folder} says" if found else f"is usual for a {kind}")
+    return found or NORMALISATION[kind]
 
 
 def _announce_trained(model: nn.Module, parts: Sequence[str]) -> None:
