@@ -7,12 +7,15 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from dynmoe_ds.cli import evaluate_tasks
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 _EXAMPLES = """examples:
   dynmoe evaluate runs/demo-20260101-120000
   dynmoe evaluate runs/demo_vl/3_demo_experts --answers answers.png
+  dynmoe evaluate runs/demo-20260101-120000 --tasks arc_easy,hellaswag --limit 100
 """
 
 
@@ -34,6 +37,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="of a vision-language run: a PNG to write, of held-out questions, answers and the experts that fired",
     )
+    evaluate_tasks.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,6 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.cli.launcher import name_accelerator
 
     name_accelerator(os.environ)
+    evaluate_tasks.check_options(arguments)
+    if arguments.tasks is not None:
+        return evaluate_tasks.run(arguments)
     from dynmoe_ds.training.saved_run import SavedRun
 
     saved = SavedRun(arguments.run_dir)
