@@ -22,8 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to the verb's parser."""
     group = parser.add_argument_group(
         "benchmarks of lm-evaluation-harness",
-        "With --tasks the model is given those instead of the held-out data. It may then also be one of `dynmoe export` "
-        "or any causal language model in Hugging Face's format. Needs the extra `eval`.",
+        "With --tasks the model is given those instead of the run's held-out data. RUN_DIR may then also be a folder "
+        "of `dynmoe export`, or any causal language model in Hugging Face's format. Needs the extra `eval`.",
     )
     group.add_argument("--tasks", metavar="NAMES", help="tasks or groups, with commas between them; `lm-eval ls tasks`")
     group.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task alone")
@@ -64,11 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         task_folder=arguments.task_folder,
         tokenizer=arguments.tokenizer,
     )
-    print(
-        json.dumps({name: asdict(found) for name, found in scores.items()}, indent=2)
-        if arguments.json
-        else _table(scores)
-    )
+    if arguments.json:
+        print(json.dumps({name: asdict(found) for name, found in scores.items()}, indent=2))
+    else:
+        print(_table(scores))
     return 0
 
 

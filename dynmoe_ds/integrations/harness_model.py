@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,15 @@ class HarnessModel(HFLM):
             raise ConfigError(f"batch_size is {given} but must be one number, 1 or more. It is not searched for.")
         folder = Path(path)
         model = load_written_model(folder, device)
-        super().__init__(
-            pretrained=model,
-            backend="causal",
-            tokenizer=load_tokenizer(folder, None if tokenizer is None else Path(tokenizer), model),
-            batch_size=int(batch_size),
-            max_length=max_length,
-            add_bos_token=add_bos_token,
-        )
+        with _without_warnings(HFLM.__module__):  # that a model comes ready made, and what else one should not do then
+            super().__init__(
+                pretrained=model,
+                backend="causal",
+                tokenizer=load_tokenizer(folder, None if tokenizer is None else Path(tokenizer), model),
+                batch_size=int(batch_size),
+                max_length=max_length,
+                add_bos_token=add_bos_token,
+            )
         self._layers = [name for name, module in model.named_modules() if isinstance(module, MoELayer)]
         self._parameters = count_parameters(model, ep_size=1)
         self._records: dict[str, dict[str, RoutingRecords]] = {}  # by task and layer
@@ -249,6 +251,17 @@ def _scored(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     log_probabilities = logits.float().log_softmax(-1)
     total = log_probabilities.gather(1, tokens[:, None]).sum()
     return float(total), bool((logits.argmax(-1) == tokens).all())
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _added(one: dict[str, RoutingRecords], other: dict[str, RoutingRecords]) -> dict[str, RoutingRecords]:

@@ -68,10 +68,18 @@ def evaluate_tasks(
 
     manager, names = _find(tasks, task_folder)
     loaded = [task for name in names for task in _load(manager, name)]  # before the model: what it can say is said soon
+    _check_once(loaded)
     model = HarnessModel(folder, tokenizer=tokenizer, batch_size=batch_size)
-    found: Any = simple_evaluate(
-        model, tasks=loaded, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
-    )
+    try:
+        found: Any = simple_evaluate(
+            model, tasks=loaded, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
+        )
+    except ValueError as error:
+        if not num_fewshot:
+            raise
+        raise ConfigError(
+            f"With {num_fewshot} examples in the prompt: {error}. A task may have fewer to show; ask for fewer."
+        ) from error
     of_group = {name: _tasks_of(name, found["group_subtasks"]) for name in found["results"]}
     return {
         name: TaskScores(
@@ -142,6 +150,15 @@ def _load(manager: Any, name: str) -> list[Any]:
     subgroups = {child for children in loaded["group_map"].values() for child in children}
     groups = [group for group_name, group in loaded["groups"].items() if group_name not in subgroups]
     return [*groups, *(task for task in loaded["tasks"].values() if task not in inside)]
+
+
+def _check_once(loaded: Sequence[Any]) -> None:
+    """Raises: ConfigError for a task that is asked for more than once, say by itself and in its group."""
+    names = [
+        task.task_name for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])
+    ]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{twice[0]} is asked for more than once, by itself or in a group of tasks. Name it once.")
 
 
 def _tasks_of(name: str, children: dict[str, list[str]]) -> list[str]:

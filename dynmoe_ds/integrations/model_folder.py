@@ -30,8 +30,8 @@ TOKENIZER_FILE = "tokenizer.json"
 def load_written_model(folder: Path, device: str | None = None) -> PreTrainedModel:
     """The model in a folder of a finished run, of `save_model`, or of Hugging Face's `save_pretrained`, evaluating.
 
-    Its layers know their names, and padding by the model's `attention_mask`. device: None takes the accelerator if
-    there is one. Nothing is downloaded. Raises: DataError for a folder that is none of these, and for runs as
+    Its layers know their names, and padding by the model's `attention_mask`. device: None, or CUDA where there is
+    none, takes the accelerator if there is one. Nothing is downloaded. Raises: DataError for a folder that is none of these, and for runs as
     `SavedRun`; CheckpointError for a model that cannot be loaded.
     """
     if (folder / CONFIG_FILE).exists():
@@ -51,8 +51,11 @@ def load_written_model(folder: Path, device: str | None = None) -> PreTrainedMod
         for name, module in model.named_modules():
             if isinstance(module, MoELayer):
                 module.name, module.padding = name, padding
-    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    placed: Any = model.to(device or default)
+    # The harness's own command says cuda:0 where the user says nothing.
+    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if found is None else found.type
+    placed: Any = model.to(device)
     return placed.eval()
 
 
