@@ -30,9 +30,11 @@ TOKENIZER_FILE = "tokenizer.json"
 def load_written_model(folder: Path, device: str | None = None) -> PreTrainedModel:
     """The model in a folder of a finished run, of `save_model`, or of Hugging Face's `save_pretrained`, evaluating.
 
-    Its layers know their names, and padding by the model's `attention_mask`. device: None, or CUDA where there is
-    none, takes the accelerator if there is one. Nothing is downloaded. Raises: DataError for a folder that is none of these, and for runs as
-    `SavedRun`; CheckpointError for a model that cannot be loaded.
+    Its layers know their names, and padding by the model's `attention_mask`. device: None, or CUDA where there is none,
+    takes the accelerator if there is one. Nothing is downloaded.
+
+    Raises: DataError for a folder that is none of these, and for runs as `SavedRun`; CheckpointError for a model that
+    cannot be loaded.
     """
     if (folder / CONFIG_FILE).exists():
         model = SavedRun(folder).model
