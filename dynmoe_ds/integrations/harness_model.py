@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.integrations.model_folder import load_tokenizer, load_written_model
+from dynmoe_ds.integrations.model_folder import load_model_folder
 from dynmoe_ds.models import count_flops, count_parameters
 from dynmoe_ds.moe import MoELayer, StepLedger, labelled
 from dynmoe_ds.routing import RoutingRecords
@@ -61,23 +61,21 @@ class HarnessModel(HFLM):
         add_bos_token: bool | None = None,
     ) -> None:
         """
-        path: the folder of a finished run, of `dynmoe export`, of `dm.save_model`, or of any causal language model of
-        Hugging Face. tokenizer: its folder, where `path` has none. device: None takes the accelerator if there is one.
+        path: the folder of a run, of `dynmoe export`, of `dm.save_model`, or of any causal language model of Hugging
+        Face. tokenizer: its folder, where `path` has none. device: None takes the accelerator if there is one.
         max_length, add_bos_token: as for HFLM; None follows the model and its tokenizer.
 
-        Raises: DataError for a folder of another kind, and for a tokenizer that is missing or not the model's;
-        ConfigError for batch sizes other than a number; CheckpointError for a model that cannot be loaded.
+        Raises: ConfigError for batch sizes other than a number; as `load_model_folder`.
         """
         if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
             given = batch_size if max_batch_size is None else f"{batch_size} with max_batch_size {max_batch_size}"
             raise ConfigError(f"batch_size is {given} but must be one number, 1 or more. It is not searched for.")
-        folder = Path(path)
-        model = load_written_model(folder, device)
+        model, own = load_model_folder(Path(path), None if tokenizer is None else Path(tokenizer), device)
         with _without_warnings(HFLM.__module__):  # that a model comes ready made, and what else one should not do then
             super().__init__(
                 pretrained=model,
                 backend="causal",
-                tokenizer=load_tokenizer(folder, None if tokenizer is None else Path(tokenizer), model),
+                tokenizer=own,
                 batch_size=int(batch_size),
                 max_length=max_length,
                 add_bos_token=add_bos_token,
@@ -120,13 +118,18 @@ class HarnessModel(HFLM):
         return self._by_task(requests, lambda some: answer(some, disable_tqdm=disable_tqdm))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raises: ConfigError for a task that wants more written than the model takes."""
+        """Raises: ConfigError for a task that lets the model write more than it takes, or search with beams."""
         for request in requests:
-            wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-            if wanted >= self.max_length:
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            if options["max_gen_toks"] >= self.max_length:
                 raise ConfigError(
-                    f"The task {request.task_name} lets a model write {wanted} tokens, but this one takes "
-                    f"{self.max_length}, prompt included. Leave the task out, or write one with a smaller max_gen_toks."
+                    f"The task {request.task_name} lets a model write {options['max_gen_toks']} tokens, but this one "
+                    f"takes {self.max_length}, prompt included. Leave it out, or write one with a smaller max_gen_toks."
+                )
+            if (num_beams := options.get("num_beams", 1)) > 1:
+                raise ConfigError(
+                    f"The task {request.task_name} searches with {num_beams} beams, whose tokens are not counted apart. "
+                    "Leave it out, or write one with num_beams: 1."
                 )
         answer = super().generate_until
         return self._by_task(requests, lambda some: answer(some, disable_tqdm=disable_tqdm))
@@ -230,7 +233,9 @@ class _Ends(StoppingCriteria):
 
     def __init__(self, stops: Any, end_ids: int | list[int] | None, lengths: Tensor, max_length: int) -> None:
         self._stops, self._max_length = list(stops), max_length
-        self._end_ids = torch.tensor([] if end_ids is None else end_ids, device=lengths.device).reshape(-1)
+        self._end_ids = (
+            torch.tensor([] if end_ids is None else end_ids, dtype=torch.int64).reshape(-1).to(lengths.device)
+        )
         self.lengths = lengths.clone()
         self.is_counted = torch.ones_like(lengths, dtype=torch.bool)
 

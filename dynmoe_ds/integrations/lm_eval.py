@@ -65,9 +65,11 @@ def evaluate_tasks(
     from lm_eval.evaluator import simple_evaluate
 
     from dynmoe_ds.integrations.harness_model import HarnessModel
+    from dynmoe_ds.integrations.model_folder import check_model_folder
 
+    check_model_folder(Path(folder))
     manager, names = _find(tasks, task_folder)
-    loaded = [task for name in names for task in _load(manager, name)]  # before the model: what it can say is said soon
+    loaded = [task for name in names for task in _load(manager, name)]
     _check_once(loaded)
     model = HarnessModel(folder, tokenizer=tokenizer, batch_size=batch_size)
     try:

@@ -18,7 +18,7 @@ from transformers import (
 from dynmoe_ds.data import load_pretrained_tokenizer
 from dynmoe_ds.errors import CheckpointError, DataError
 from dynmoe_ds.export import load_model, register_auto_classes
-from dynmoe_ds.export.manifest import MANIFEST_FILE
+from dynmoe_ds.export.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from dynmoe_ds.moe import MoELayer, PaddingMask
 from dynmoe_ds.training.saved_run import CONFIG_FILE, SavedRun
 from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
@@ -27,62 +27,46 @@ HUGGING_FACE_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def load_written_model(folder: Path, device: str | None = None) -> PreTrainedModel:
-    """The model in a folder of a finished run, of `save_model`, or of Hugging Face's `save_pretrained`, evaluating.
+def check_model_folder(folder: Path) -> None:
+    """Raises: DataError for a folder that `load_model_folder` knows nothing of."""
+    is_run = any((place / CONFIG_FILE).exists() for place in (folder, *folder.absolute().parents[:2]))
+    if not is_run and not _is_saved_model(folder) and not (folder / HUGGING_FACE_FILE).exists():
+        raise DataError(
+            f"{folder} has no {CONFIG_FILE}, {MANIFEST_FILE} or {HUGGING_FACE_FILE} (seen from {Path.cwd()}). Name the "
+            "folder of a run, one of `dynmoe export`, or another model in Hugging Face's format."
+        )
 
-    Its layers know their names, and padding by the model's `attention_mask`. device: None, or CUDA where there is none,
-    takes the accelerator if there is one. Nothing is downloaded.
 
-    Raises: DataError for a folder that is none of these, and for runs as `SavedRun`; CheckpointError for a model that
-    cannot be loaded.
+def load_model_folder(
+    folder: Path, tokenizer: Path | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model that `SavedRun`, `load_model` or Hugging Face's `from_pretrained` reads there, and its tokenizer.
+
+    The model is in evaluation mode; its layers know their names, and padding by its `attention_mask`. tokenizer: its
+    folder, None for the model's own. device: None, or CUDA where there is none, takes the accelerator if there is one.
+    Nothing is downloaded.
+
+    Raises: DataError for a folder of another kind, and for a tokenizer that is missing or not the model's; as
+    `SavedRun`; CheckpointError for a model that cannot be loaded.
     """
-    if (folder / CONFIG_FILE).exists():
-        model = SavedRun(folder).model
+    check_model_folder(folder)
+    if (folder / HUGGING_FACE_FILE).exists():
+        model, own = _listening(_from_pretrained(folder)), folder
+    elif _is_saved_model(folder):
+        model, own = _listening(load_model(folder)), folder
     else:
-        if (folder / MANIFEST_FILE).exists():
-            model = load_model(folder)
-        elif (folder / HUGGING_FACE_FILE).exists():
-            model = _from_pretrained(folder)
-        else:
-            raise DataError(
-                f"{folder} has no {CONFIG_FILE}, {MANIFEST_FILE} or {HUGGING_FACE_FILE} (seen from {Path.cwd()}). Name "
-                "the folder of a finished run, one of `dynmoe export`, or another model in Hugging Face's format."
-            )
-        padding = PaddingMask()
-        padding.watch(model)
-        for name, module in model.named_modules():
-            if isinstance(module, MoELayer):
-                module.name, module.padding = name, padding
+        run = SavedRun(folder)
+        model, own = run.model, run.folder / TOKENIZER_FOLDER
     # The harness's own command says cuda:0 where the user says nothing.
     if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if found is None else found.type
     placed: Any = model.to(device)
-    return placed.eval()
+    return placed.eval(), _tokenizer(tokenizer or own, model, folder)
 
 
-def load_tokenizer(folder: Path, named: Path | None, model: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """The tokenizer in the folder `named`, or, if None, that of the model's `folder`.
-
-    Raises: DataError where there is none, or one without an end of text or with more tokens than the model.
-    """
-    places = [folder / TOKENIZER_FOLDER, folder] if named is None else [named]
-    place = next((place for place in places if (place / TOKENIZER_FILE).exists()), None)
-    if place is None:
-        raise DataError(
-            f"There is no {TOKENIZER_FILE} in {' or '.join(map(str, places))} (seen from {Path.cwd()}). Name a folder "
-            "that has one with --tokenizer, or with tokenizer= in the harness's own command."
-        )
-    tokenizer = load_pretrained_tokenizer(f"{place}", needs_padding=False)
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"The tokenizer in {place} names no end-of-text token (eos_token). Use the model's own.")
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_embeddings:
-        raise DataError(
-            f"The tokenizer in {place} has {len(tokenizer)} tokens, but the model in {folder} knows {num_embeddings}. "
-            "Use the model's own."
-        )
-    return tokenizer
+def _is_saved_model(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists() and (folder / WEIGHTS_FILE).exists()
 
 
 def _from_pretrained(folder: Path) -> PreTrainedModel:
@@ -96,3 +80,30 @@ def _from_pretrained(folder: Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{folder} holds no model that can be loaded ({type(error).__name__}: {error})."
         ) from error
+
+
+def _listening(model: PreTrainedModel) -> PreTrainedModel:
+    padding = PaddingMask()
+    padding.watch(model)
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            module.name, module.padding = name, padding
+    return model
+
+
+def _tokenizer(place: Path, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerFast:
+    if not (place / TOKENIZER_FILE).exists():
+        raise DataError(
+            f"There is no {TOKENIZER_FILE} in {place} (seen from {Path.cwd()}). Name a folder that has one with "
+            "--tokenizer, or with tokenizer= in the harness's own command."
+        )
+    tokenizer = load_pretrained_tokenizer(f"{place}", needs_padding=False)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"The tokenizer in {place} names no end-of-text token (eos_token). Use the model's own.")
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        raise DataError(
+            f"The tokenizer in {place} has {len(tokenizer)} tokens, but the model in {folder} knows {num_embeddings}. "
+            "Use the model's own."
+        )
+    return tokenizer

@@ -401,6 +401,7 @@ def test_the_harness_own_command_knows_the_model(
         (["--tasks", "far"], "`dynmoe evaluate --download` fetches them where there is a network."),
         (["--tasks", "gone"], "The task gone cannot be loaded (FileNotFoundError: "),
         (["--tasks", "long"], "The task long lets a model write 48 tokens, but this one takes 48, prompt included."),
+        (["--tasks", "beams"], "The task beams searches with 2 beams, whose tokens are not counted apart."),
         (["--tasks", "answers"], "The task answers has an answer of 61 tokens, but the model takes 48."),
         (["--tasks", "choice_shown", "--fewshot", "9"], "With 9 examples in the prompt: Sample larger than population"),
         (["--tasks", "seen"], "The task seen shows images; models are asked in text alone here."),
@@ -415,6 +416,8 @@ def test_tasks_and_options_that_cannot_work(
     text = {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
     writing = text | {"output_type": "generate_until", "generation_kwargs": {"until": ["."], "max_gen_toks": 48}}
     write_task(folder, "long", [row], metric_list=[metric("exact_match")], **writing)
+    beams = writing | {"generation_kwargs": {"until": ["."], "max_gen_toks": 4, "num_beams": 2}}
+    write_task(folder, "beams", [row], metric_list=[metric("exact_match")], **beams)
     write_task(folder, "answers", [row], metric_list=[metric("acc")], output_type="loglikelihood", **text)
     write_task(folder, "seen", [row], metric_list=[metric("exact_match")], doc_to_image=["question"], **writing)
     write_task(folder, "code", [row], metric_list=[metric("exact_match")], unsafe_code=True, **writing)
@@ -436,7 +439,7 @@ def test_folders_and_tokenizers_that_cannot_be_used(
 
     assert "has no config.yaml, manifest.json or config.json (seen from" in refusal(tmp_path)
     assert "There is no folder gone (seen from" in refusal(run, "--task-folder", "gone")
-    assert f"There is no tokenizer.json in {run}/model/tokenizer or {run}/model (seen" in refusal(run / "model")
+    assert f"There is no tokenizer.json in {run}/model (seen" in refusal(run / "model")
     assert "There is no tokenizer.json in gone (seen from" in refusal(run, "--tokenizer", "gone")
     plain.tokenizer.save_pretrained(tmp_path / "tokenizer")
     endless = load_pretrained_tokenizer(f"{tmp_path / 'tokenizer'}")
