@@ -128,8 +128,8 @@ class HarnessModel(HFLM):
                 )
             if (num_beams := options.get("num_beams", 1)) > 1:
                 raise ConfigError(
-                    f"The task {request.task_name} searches with {num_beams} beams, whose tokens are not counted apart. "
-                    "Leave it out, or write one with num_beams: 1."
+                    f"The task {request.task_name} searches with {num_beams} beams, whose tokens are not counted "
+                    "apart. Leave it out, or write one with num_beams: 1."
                 )
         answer = super().generate_until
         return self._by_task(requests, lambda some: answer(some, disable_tqdm=disable_tqdm))
