@@ -7,6 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from dynmoe_ds.cli import evaluate_tasks
 from dynmoe_ds.cli.saved import RUN_HELP, open_saved
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ _EXAMPLES = """examples:
   dynmoe evaluate runs/demo-20260101-120000
   dynmoe evaluate runs/demo_vl/3_demo_experts --answers answers.png
   dynmoe evaluate runs/demo/checkpoints/step-00000500     # of a run that goes on, or was killed
+  dynmoe evaluate runs/demo-20260101-120000 --tasks arc_easy,hellaswag --limit 100
 """
 
 
@@ -37,6 +39,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="of a vision-language run: a PNG to write, of held-out questions, answers and the experts that fired",
     )
+    evaluate_tasks.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.cli.launcher import name_accelerator
 
     name_accelerator(os.environ)
-
+    evaluate_tasks.check_options(arguments)
+    if arguments.tasks is not None:
+        return evaluate_tasks.run(arguments)
     saved = open_saved(arguments.run_dir)
     if arguments.answers is not None:
         from dynmoe_ds.training.answer_pictures import draw_answers
