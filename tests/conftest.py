@@ -2,8 +2,13 @@
 
 import signal
 
+import torch
+
 # Shells start background jobs with SIGINT ignored, nohup ignores SIGHUP, and children inherit that: tests of both would
 # wait in vain.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+# Models of tests are so small that threads only wait for one another, most of all on a machine that has other work.
+torch.set_num_threads(1)
