@@ -165,7 +165,8 @@ def test_padding_to_a_square_keeps_the_whole_image(size, box):
 
 def test_what_cannot_be_learned_or_scored_is_broken(folder):
     silent = {"id": "silent", "conversations": said("What is three plus four?", "")}
-    with pytest.raises(DataError, match=r"1 x no answer has a token: silent"):
+    # Of b only the answer is left, a single token, before which there is nothing to tell it from.
+    with pytest.raises(DataError, match=r"2 x no answer has a token to learn: b, silent"):
         load(folder, [*SAMPLES, silent], template="plain")
     blurred = SAMPLES[0] | {"id": "blurred", "image": "broken.png"}
     held_out = folder / "more.json"
