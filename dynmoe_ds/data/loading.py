@@ -39,7 +39,7 @@ class BatchLoader:
         device: torch.device | str = "cpu",
     ) -> None:
         self._examples, self._order, self._device = examples, order, device
-        self._workers = None
+        self._workers: _Workers | None = None
         if num_workers > 0:
             assert isinstance(examples, SlowExamples), type(examples).__name__
             self._workers = _Workers(_Jobs(examples, order, num_steps), num_workers)
@@ -94,17 +94,16 @@ class _Workers:
 
     def __init__(self, jobs: _Jobs, num_workers: int) -> None:
         self._jobs, self._num_workers = jobs, num_workers
-        self._made: Iterator[Batch | None] | None = None
-        self._next = 0
+        self._loader: DataLoader[Batch | None] | None = None
+        self._made: Iterator[Batch | None] = iter(())
+        self._next: int | None = None
 
     def batch(self, step: int, micro_step: int) -> Batch | None:
         """None if it cannot be made. Raises: DataError if a worker has ended."""
         number = self._jobs.number(step, micro_step)
-        if self._made is None or number != self._next:
-            self.close()
-            self._jobs.first = number
-            self._made = self._begin()
         try:
+            if number != self._next:
+                self._begin(number)
             made = next(self._made)
         except RuntimeError as error:
             if "exited unexpectedly" not in f"{error}":
@@ -117,28 +116,30 @@ class _Workers:
         return made
 
     def close(self) -> None:
-        self._made = None  # as nobody else has it, its workers are ended
+        self._made, self._loader, self._next = iter(()), None, None  # torch ends workers that nobody refers to
 
-    def _begin(self) -> Iterator[Batch | None]:
-        loader = DataLoader(
-            _DoneJobs(),
-            sampler=self._jobs,
-            batch_size=None,
-            num_workers=self._num_workers,
-            # A fork would copy the rank's threads' locks and its process groups.
-            multiprocessing_context="spawn",
-            worker_init_fn=_begin_worker,
-            # Ended at the latest by torch when this process exits, also if an error still refers to them.
-            persistent_workers=True,
-            generator=torch.Generator(),  # the global one is left as it is
-        )
-        is_main = threading.current_thread() is threading.main_thread()
+    def _begin(self, number: int) -> None:
+        """Make the batches from `number` on, by workers that are there already, or new ones."""
+        self._jobs.first = number
+        if self._loader is None:
+            self._loader = DataLoader(
+                _DoneJobs(),
+                sampler=self._jobs,
+                batch_size=None,
+                num_workers=self._num_workers,
+                # A fork would copy locks of the rank's threads, and its process groups.
+                multiprocessing_context="spawn",
+                worker_init_fn=_begin_worker,
+                # For batches from another place on; and torch ends them when this process exits, also if the traceback
+                # of an error still refers to them.
+                persistent_workers=True,
+                generator=torch.Generator(),  # the global one is left as it is
+            )
         handler = signal.getsignal(signal.SIGCHLD)
-        made = iter(loader)
-        if is_main:
-            # torch's handler raises wherever this process is when a worker dies; `batch` is to find out.
+        self._made = iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever this process is when a worker dies; `next` finds out as well.
             signal.signal(signal.SIGCHLD, handler)
-        return made
 
 
 def _begin_worker(worker_id: int) -> None:

@@ -12,7 +12,7 @@ from dynmoe_ds.models.vision_language import (
     check_packing,
     finish_vision_language,
     llava_backbone,
-    take_conversations,
+    see_images_in_vain,
     tokens_per_image,
 )
 
@@ -34,7 +34,7 @@ __all__ = [
     "finish_vision_language",
     "llava_backbone",
     "parameter_groups",
-    "take_conversations",
+    "see_images_in_vain",
     "shared_expert",
     "tokens_per_image",
     "vit_backbone",

@@ -135,12 +135,12 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
 
     attempt_together(finish)
     checkpoint_activations(model, config.parallel)
-    take_conversations(model)
+    see_images_in_vain(model)
     freeze_all_but(model, stage.trained)
     return model
 
 
-def take_conversations(model: LlavaForConditionalGeneration) -> None:
+def see_images_in_vain(model: LlavaForConditionalGeneration) -> None:
     """Let `model` take the batches of `data.ConversationExamples` (`_TakesConversations`)."""
     model.model.__class__ = _TakesConversations
 

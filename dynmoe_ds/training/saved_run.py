@@ -15,7 +15,7 @@ from dynmoe_ds.config.build import build
 from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.export import load_model
-from dynmoe_ds.models import count_flops, count_parameters, take_conversations
+from dynmoe_ds.models import count_flops, count_parameters, see_images_in_vain
 from dynmoe_ds.moe import MoELayer, PaddingMask, StepLedger, labelled
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
@@ -50,7 +50,7 @@ class SavedRun:
         self.model: PreTrainedModel = load_model(self.folder / MODEL_FOLDER).to(device or "cpu")
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, MoELayer)}
         if isinstance(self.model, LlavaForConditionalGeneration):
-            take_conversations(self.model)  # as in training: held-out batches of text alone bring one
+            see_images_in_vain(self.model)  # as in training: held-out batches of text alone bring one
         padding = PaddingMask()
         padding.watch(self.model)
         for name, layer in self.layers.items():

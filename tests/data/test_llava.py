@@ -20,7 +20,6 @@ from dynmoe_ds.data.image_transforms import padded_to_square
 from dynmoe_ds.errors import DataError
 
 IMAGE = ImageInput(size=8, num_tokens=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 
 def said(question: str, answer: str) -> list[dict[str, str]]:
@@ -32,15 +31,6 @@ SAMPLES: list[dict[str, Any]] = [
     {"id": "b", "conversations": said("What is three plus four?", "seven"), "kind": "text"},
     {"id": "c", "image": ["red.png", "white.png"], "conversations": said("<image> <image>\nWhich digit?", "one")},
 ]  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    Image.new("RGB", (8, 8), WHITE).save(tmp_path / "white.png")
-    Image.new("RGB", (8, 4), RED).save(tmp_path / "red.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    digit_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return tmp_path
 
 
 def load(folder: Path, samples: list[dict[str, Any]] = SAMPLES, **values: Any) -> ConversationData:

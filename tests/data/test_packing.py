@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.test_llava import SAMPLES, folder, load  # noqa: F401
+from tests.data.test_llava import SAMPLES, load
 from torch import Tensor
 
 from dynmoe_ds.data.chat import IGNORED
@@ -61,7 +61,7 @@ def test_rows_are_the_seeds() -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_a_packed_batch_is_its_samples_end_to_end(folder: Path) -> None:  # noqa: F811
+def test_a_packed_batch_is_its_samples_end_to_end(folder: Path) -> None:
     samples = load(folder, [*SAMPLES, *SAMPLES]).train
     examples = dataclasses.replace(samples, rows=((2, 1), (0,), (1, 3, 4)))
     assert [examples.length(i) for i in range(3)] == [
@@ -85,14 +85,14 @@ def test_a_packed_batch_is_its_samples_end_to_end(folder: Path) -> None:  # noqa
     assert "packed_positions" not in samples.batch([0, 1])
 
 
-def test_the_first_token_is_learned_nowhere(folder: Path) -> None:  # noqa: F811
+def test_the_first_token_is_learned_nowhere(folder: Path) -> None:
     """Of an answer that nothing precedes: the template has neither a question nor a first token."""
     answer = {"id": "said", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "one two"}]}
     (sample,) = load(folder, [answer], template="plain").train.samples
     assert sample.labels.tolist() == [IGNORED, *sample.ids[1:].tolist()]
 
 
-def test_rows_with_and_without_images_stay_apart_on_request(folder: Path) -> None:  # noqa: F811
+def test_rows_with_and_without_images_stay_apart_on_request(folder: Path) -> None:
     samples = load(folder, [*SAMPLES, SAMPLES[1]]).train
     apart = samples.packed(2 * samples.length(2), 0, is_grouped=True)
     assert apart.rows is not None and sorted(map(set, apart.rows), key=min) == [{0, 2}, {1, 3}]
@@ -108,7 +108,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
     return set(got) == set(want) and all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_an_image_that_cannot_be_decoded_leaves_its_row(folder: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_an_image_that_cannot_be_decoded_leaves_its_row(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = SAMPLES[0] | {"id": "bad", "image": "broken.png"}
     samples = load(folder, [bad, *SAMPLES], on_broken="skip").train
     examples = dataclasses.replace(samples, rows=((1, 0, 2), (0,), (3,)))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForCond
 import dynmoe_ds as dm
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.models import PACKABLE, check_packing, dense_model, take_conversations
+from dynmoe_ds.models import PACKABLE, check_packing, dense_model, see_images_in_vain
 from dynmoe_ds.moe import PaddingMask
 
 IMAGE = 3
@@ -51,7 +51,7 @@ def llava(decoder: str, attention: str = "sdpa", **options: Any) -> LlavaForCond
     )
     model = dense_model(LlavaForConditionalGeneration, backbone, seed=0)
     model.model.language_model.config._attn_implementation = attention
-    take_conversations(model)
+    see_images_in_vain(model)
     return model.double().train()
 
 
