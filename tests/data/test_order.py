@@ -115,7 +115,7 @@ def test_a_step_of_an_order_with_groups_is_of_one_kind_however_it_is_dealt_out(l
 
 
 def test_the_share_of_padding_by_hand():
-    """Of seven sequences three batches of two are whole, whichever rank has them; two alone are a batch of their own."""
+    """Of seven sequences three batches of two are whole, whichever rank has them; two alone are a batch."""
     lengths = np.arange(1, 8)
     order = _training_order(rank=1, world_size=2, micro=2, num_sequences=7)
     epoch = [_training_order(num_sequences=7, micro=1).indices(step, 0)[0] for step in range(7)]
