@@ -21,16 +21,17 @@ def sums(rows: tuple[tuple[int, ...], ...], lengths: list[int]) -> list[list[int
 
 
 def test_best_fit_with_the_longest_first_by_hand() -> None:
-    """9 | 6 3 | 5 5 | 4 4: the 3 goes to the row with room for 4, not to those with room for 5 or for all of it."""
+    """The 3 goes to the 7, where it fits best, and not to the 5; of two 4 one fills a row, the other begins one."""
+    lengths = [5, 3, 9, 7]
+    assert sums(packed_rows(lengths, [0] * 4, capacity=10, seed=0), lengths) == [[9], [7, 3], [5]]
     lengths = [5, 3, 9, 6, 4, 5, 4]
-    rows = packed_rows(lengths, [0] * 7, capacity=10, seed=0)
-    assert sums(rows, lengths) == [[9], [6, 4], [5, 5], [4, 3]]
+    assert sums(packed_rows(lengths, [0] * 7, capacity=10, seed=0), lengths) == [[9], [6, 4], [5, 5], [4, 3]]
     assert sums(packed_rows([10, 10, 1], [0] * 3, 10, 0), [10, 10, 1]) == [[10], [10], [1]]
     assert packed_rows([], [], 10, 0) == ()
 
 
-def by_looking_at_every_row(lengths: list[int], capacity: int) -> int:
-    """The rows that best fit needs, in a loop over all of them for each sample."""
+def by_looking_at_every_row(lengths: list[int], capacity: int) -> list[int]:
+    """The room that best fit leaves in its rows, by a loop over all of them for each sample."""
     left: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, room in enumerate(left) if room >= length]
@@ -38,7 +39,7 @@ def by_looking_at_every_row(lengths: list[int], capacity: int) -> int:
             left[min(fitting, key=left.__getitem__)] -= length
         else:
             left.append(capacity - length)
-    return len(left)
+    return left
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 50, 700])
@@ -52,7 +53,8 @@ def test_every_sample_is_there_once_in_few_rows_of_one_kind(num_samples: int, ca
     assert all(sum(row) <= capacity for row in sums(rows, lengths))
     assert all(len({kinds[sample] for sample in row}) == 1 for row in rows)
     of_kind = [[length for length, kind in zip(lengths, kinds, strict=True) if kind == wanted] for wanted in (0, 1)]
-    assert len(rows) == sum(by_looking_at_every_row(part, capacity) for part in of_kind)
+    room = [left for part in of_kind for left in by_looking_at_every_row(part, capacity)]
+    assert sorted(capacity - sum(row) for row in sums(rows, lengths)) == sorted(room)
 
 
 def test_rows_are_the_seeds() -> None:
