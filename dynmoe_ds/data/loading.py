@@ -105,11 +105,12 @@ class _Workers:
             if number != self._next:
                 self._begin(number)
             made = next(self._made)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in f"{error}":
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # The others where a worker's death comes in the middle of what it sends.
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in f"{error}":
                 raise
             raise DataError(
-                f"A process that makes batches was killed ({error}). Most likely memory ran out, or shared memory "
+                f"A process that makes batches was killed ({error!r}). Most likely memory ran out, or shared memory "
                 f"(/dev/shm). data.num_workers is {self._num_workers}: use fewer, or 0 to make them in the rank itself."
             ) from error
         self._next = number + 1

@@ -39,8 +39,22 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
     return set(got) == set(want) and all(torch.equal(got[name], want[name]) for name in want)
 
 
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two
+        return False
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+    return list(filter(is_worker, process.children(recursive=True)))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -146,7 +160,7 @@ def test_workers_do_not_outlive_their_rank(tmp_path: Path) -> None:
             assert len(workers_of(psutil.Process(rank.pid))) == 1
             os.killpg(rank.pid, number)  # as Ctrl-C and launchers do
             rank.wait(60)
-            wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in started))  # noqa: B023
+            wait_until(lambda: not any(map(is_running, started)))  # noqa: B023
     finally:
         for rank in ranks:
             rank.kill()
