@@ -165,11 +165,15 @@ class GlueDataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFolderConfig:
-    """Images with classes, in `<path>/train/<class>` and `<path>/val/<class>`, `image_size` pixels wide and high."""
+    """Images with classes, in `<path>/train/<class>` and `<path>/val/<class>`, `image_size` pixels wide and high.
+
+    num_workers: see `LlavaDataConfig`.
+    """
 
     name: Literal["image_folder"] = "image_folder"
     path: str | None
     image_size: int
+    num_workers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +184,9 @@ class LlavaDataConfig:
     template: how a conversation becomes text: `plain` (images and captions), `vicuna`, or the tokenizer's `own`.
     sequence_length: tokens that a sample may have, images included; a longer one is broken. on_broken: whether broken
     samples (too long, without their images, malformed) are left out or stop the run. group: whether a step's samples
-    are of one kind (with and without images) and of like lengths, but for an epoch's last ones.
+    are of one kind (with and without images) and of like lengths, but for an epoch's last ones. packing: whether
+    training samples share rows of `sequence_length` tokens, without seeing one another; a batch is counted in rows
+    then. num_workers: processes of each rank that make training batches ahead of time; 0: the rank itself makes them.
     """
 
     name: Literal["llava"] = "llava"
@@ -193,6 +199,8 @@ class LlavaDataConfig:
     sequence_length: int
     on_broken: Literal["skip", "stop"]
     group: bool
+    packing: bool = False
+    num_workers: int = 0
 
 
 # The sections `model` and `data` are of one of these kinds each. `name` tells which: another kind is another dataclass

@@ -319,11 +319,13 @@ def _glue(data: GlueDataConfig) -> Iterator[str]:
 
 def _image_folder(data: ImageFolderConfig) -> Iterator[str]:
     yield from _at_least("data", data, 1, "image_size")
+    yield from _at_least("data", data, 0, "num_workers")
     if data.path is None:
         yield "data.path is null. Name the folder that holds train/<class> and val/<class>, as in data.path=images."
 
 
 def _llava_data(data: LlavaDataConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 0, "num_workers")
     yield from _at_least("data", data, 1, "image_size")
     yield from _at_least("data", data, 2, "sequence_length")
     wanted = {"path": "JSON file to learn from", "held_out_path": "JSON file to evaluate on"}

@@ -5,6 +5,7 @@ from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
 from dynmoe_ds.data.image_statistics import ImageStatistics, read_image_statistics
 from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
+from dynmoe_ds.data.loading import BatchLoader
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 from dynmoe_ds.data.processor import llava_processor, save_processor
@@ -17,6 +18,7 @@ from dynmoe_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, save_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
+    "BatchLoader",
     "ConversationData",
     "ConversationExamples",
     "Examples",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,4 +23,15 @@ class Examples(Protocol):
         pass, such as crops of images.
         `token_kinds` [B, L] int64 may be among them, a label per token for observation (-1: none); it goes to the
         engine alone.
+        """
+
+
+@runtime_checkable
+class SlowExamples(Examples, Protocol):
+    """Examples whose batches are worth making ahead of time in other processes, such as images to decode."""
+
+    def job(self, indices: Sequence[int], epochs: Sequence[int] | None = None) -> Callable[[], dict[str, Tensor]]:
+        """What makes the batch on the CPU: small to send, with nothing but the examples that it needs.
+
+        Where `batch` would have an example that cannot be read replaced, the job raises DataError.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +46,28 @@ class ImageExamples:
         without, it is the centre.
         Raises: DataError for an image that cannot be read, on the rank that reads it.
         """
-        given: Sequence[int | None] = [None] * len(indices) if epochs is None else epochs
-        with ThreadPoolExecutor(_DECODING_THREADS) as pool:
-            images = list(pool.map(self._view, indices, given))
-        labels = torch.tensor([self.labels[index] for index in indices])
-        return {"pixel_values": torch.stack(images).to(device), "labels": labels.to(device)}
+        return {name: tensor.to(device) for name, tensor in self.job(indices, epochs)().items()}
 
-    def _view(self, index: int, epoch: int | None) -> Tensor:
-        image = read_image(self.files[index])
-        if epoch is None:
-            return normalised(evaluation_view(image, self.size))
-        return normalised(training_view(image, self.size, np.random.default_rng([self.seed, epoch, index])))
+    def job(self, indices: Sequence[int], epochs: Sequence[int] | None = None) -> Callable[[], dict[str, Tensor]]:
+        places = [None] * len(indices) if epochs is None else zip(epochs, indices, strict=True)
+        keys = [None if place is None else [self.seed, *place] for place in places]
+        files, labels = [self.files[index] for index in indices], [self.labels[index] for index in indices]
+        return partial(_views, files, labels, keys, self.size)
+
+
+def _views(
+    files: Sequence[Path], labels: Sequence[int], keys: Sequence[Sequence[int] | None], size: int
+) -> dict[str, Tensor]:
+    """A batch of random crops by `keys`, the seeds of each; of the centre where there is none."""
+
+    def view(file: Path, key: Sequence[int] | None) -> Tensor:
+        image = read_image(file)
+        if key is None:
+            return normalised(evaluation_view(image, size))
+        return normalised(training_view(image, size, np.random.default_rng(key)))
+
+    with ThreadPoolExecutor(_DECODING_THREADS) as pool:
+        return {"pixel_values": torch.stack(list(pool.map(view, files, keys))), "labels": torch.tensor(labels)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from dynmoe_ds.config.schema import LlavaDataConfig
@@ -21,6 +22,7 @@ from dynmoe_ds.data.conversations import BrokenSamples, Conversation, read_conve
 from dynmoe_ds.data.image_folder import read_image
 from dynmoe_ds.data.image_transforms import normalised, padded_to_square
 from dynmoe_ds.data.order import Grouping
+from dynmoe_ds.data.packing import packed_rows
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.errors import DataError
 
@@ -46,7 +48,10 @@ class ImageInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A conversation as ids [n] and labels [n] int32, with one image token per image. kind: None or a name."""
+    """A conversation as ids [n] and labels [n] int32, with one image token per image. kind: None or a name.
+
+    The first token is not learned: nothing comes before it, though in a packed row something stands there.
+    """
 
     name: str
     kind: str | None
@@ -56,34 +61,110 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConversationExamples:
-    """Conversations by index; images are decoded when a batch is asked for.
+class InputForm:
+    """How conversations become a model's input. token_kinds: the names that `token_kinds` of a batch stand for."""
 
-    token_kinds: the names that `token_kinds` of a batch stand for. on_broken: what is done about an image that cannot
-    be decoded.
-    """
-
-    samples: tuple[Sample, ...]
     image: ImageInput
     image_token_id: int
     pad_token_id: int
     token_kinds: tuple[str, ...]
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of a sample, those of its images included."""
+        return len(sample.ids) + len(sample.images) * (self.image.num_tokens - 1)
+
+    def columns(self, row: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, labels and kinds of tokens [L] int64, with all tokens of every image."""
+        text, image = (
+            np.repeat([self._kind(kind, sample) for sample in row], [len(sample.ids) for sample in row])
+            for kind in (TEXT_KIND, IMAGE_KIND)
+        )
+        ids = np.concatenate([sample.ids for sample in row])
+        labels = np.concatenate([sample.labels for sample in row])
+        is_image = ids == self.image_token_id
+        repeats = torch.from_numpy(np.where(is_image, self.image.num_tokens, 1))
+        columns = (ids, labels, np.where(is_image, image, text))
+        first, second, third = (torch.from_numpy(column).long().repeat_interleave(repeats) for column in columns)
+        return first, second, third
+
+    def positions(self, row: Sequence[Sample], length: int) -> Tensor:
+        """[length] int64, from 0 in every sample. The padding at the end is as another sample."""
+        lengths = list(map(self.length, row))
+        return torch.cat([torch.arange(n) for n in (*lengths, length - sum(lengths))])
+
+    def _kind(self, modality: str, sample: Sample) -> int:
+        return self.token_kinds.index(modality if sample.kind is None else f"{modality} {sample.kind}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversationJob:
+    """What makes a batch, with the samples of its rows alone, so that it can be sent to another process."""
+
+    rows: tuple[tuple[Sample, ...], ...]
+    form: InputForm
+    is_packed: bool
+
+    def __call__(self) -> dict[str, Tensor]:
+        """See `ConversationExamples.batch`. Raises: DataError for an image that cannot be decoded."""
+        form, size = self.form, self.form.image.size
+        files = [file for row in self.rows for sample in row for file in sample.images]
+        with ThreadPoolExecutor(_DECODING_THREADS) as pool:
+            images = list(pool.map(lambda file: read_picture(file, form.image), files))
+        columns = zip(*map(form.columns, self.rows), strict=True)
+        fills = {"input_ids": form.pad_token_id, "labels": IGNORED, "token_kinds": -1}
+        batch = {
+            name: pad_sequence(list(column), batch_first=True, padding_value=fill)
+            for column, (name, fill) in zip(columns, fills.items(), strict=True)
+        }
+        length = batch["input_ids"].shape[1]
+        lengths = torch.tensor([sum(map(form.length, row)) for row in self.rows])
+        batch["attention_mask"] = torch.arange(length) < lengths[:, None]
+        if self.is_packed:
+            batch["packed_positions"] = torch.stack([form.positions(row, length) for row in self.rows])
+        batch["pixel_values"] = torch.stack(images or [torch.zeros(3, size, size)])
+        return batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversationExamples:
+    """Conversations by index, or rows of several; images are decoded when a batch is asked for.
+
+    on_broken: what is done about an image that cannot be decoded. rows: the samples of every packed row, by index; None
+    where each sample is a row.
+    """
+
+    samples: tuple[Sample, ...]
+    form: InputForm
     on_broken: Literal["skip", "stop"]
+    rows: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples if self.rows is None else self.rows)
+
+    @property
+    def token_kinds(self) -> tuple[str, ...]:
+        return self.form.token_kinds
+
+    def packed(self, row_length: int, seed: int, *, is_grouped: bool) -> ConversationExamples:
+        """The same samples in rows of at most `row_length` tokens (`packed_rows`).
+
+        is_grouped: whether a row's samples all have images or none has.
+        """
+        kinds = [is_grouped and len(sample.images) > 0 for sample in self.samples]
+        return replace(self, rows=packed_rows(list(map(self.form.length, self.samples)), kinds, row_length, seed))
 
     def length(self, index: int) -> int:
         """Tokens of an example, those of its images included."""
-        sample = self.samples[index]
-        return len(sample.ids) + len(sample.images) * (self.image.num_tokens - 1)
+        return sum(map(self.form.length, self._row(index)))
+
+    def lengths(self) -> np.ndarray:
+        """Of all examples."""
+        return np.array([self.length(index) for index in range(len(self))])
 
     def grouping(self) -> Grouping:
         """By whether there are images, and by length."""
-        return Grouping(
-            lengths=np.array([self.length(index) for index in range(len(self))]),
-            kinds=np.array([len(sample.images) > 0 for sample in self.samples]),
-        )
+        rows = map(self._row, range(len(self)))
+        return Grouping(lengths=self.lengths(), kinds=np.array([any(sample.images for sample in row) for row in rows]))
 
     def batch(
         self, indices: Sequence[int], device: torch.device | str = "cpu", epochs: Sequence[int] | None = None
@@ -91,48 +172,45 @@ class ConversationExamples:
         """`input_ids`, `labels`, `token_kinds` [B, L] int64, `attention_mask` [B, L] bool, `pixel_values` [I, 3, H, W].
 
         L is that of the longest example; the others are padded on the right. Images stand in the order of their tokens.
-        Without any, one of the mean colour is there in vain: vision tower and projector take part in every pass. An
+        Without any, one of the mean colour is there in vain: vision tower and projector take part in every pass. Packed
+        rows come with `packed_positions` [B, L] int64, which begin at 0 again where a sample does, and padding. An
         example whose image cannot be decoded is, with `skip`, replaced by the one after it, which is logged; held-out
-        ones are looked at when they are loaded.
+        ones are looked at when they are loaded. Out of a packed row it is left out, unless nothing else is in it.
         Raises: DataError, with `stop`, for such an image, on the rank that reads it.
         """
-        with ThreadPoolExecutor(_DECODING_THREADS) as pool:
-            given = list(pool.map(self._readable, indices))
-        rows = [self._row(sample) for sample, _ in given]
-        length = max(len(ids) for ids, _, _ in rows)
-        fills = (self.pad_token_id, IGNORED, -1)
-        columns = [
-            torch.stack([torch.nn.functional.pad(row[i], (0, length - len(row[i])), value=fill) for row in rows])
-            for i, fill in enumerate(fills)
-        ]
-        lengths = torch.tensor([len(ids) for ids, _, _ in rows])
-        images = [image for _, pictures in given for image in pictures]
-        pixels = torch.stack(images or [torch.zeros(3, self.image.size, self.image.size)])
-        batch = dict(zip(("input_ids", "labels", "token_kinds"), columns, strict=True))
-        batch |= {"attention_mask": torch.arange(length) < lengths[:, None], "pixel_values": pixels}
+        try:
+            batch = self.job(indices)()
+        except DataError:
+            if self.on_broken == "stop":
+                raise
+            batch = self._job(map(self._decodable, indices))()
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def _row(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, labels and kinds of tokens [L] int64, with all tokens of every image."""
-        is_image = sample.ids == self.image_token_id
-        repeats = np.where(is_image, self.image.num_tokens, 1)
-        suffix = f" {sample.kind}" if sample.kind is not None else ""
-        text, image = (self.token_kinds.index(f"{kind}{suffix}") for kind in (TEXT_KIND, IMAGE_KIND))
-        columns = (sample.ids, sample.labels, np.where(is_image, image, text))
-        ids, labels, kinds = (torch.from_numpy(np.repeat(column, repeats).astype(np.int64)) for column in columns)
-        return ids, labels, kinds
+    def job(self, indices: Sequence[int], epochs: Sequence[int] | None = None) -> ConversationJob:
+        return self._job(map(self._row, indices))
 
-    def _readable(self, index: int) -> tuple[Sample, list[Tensor]]:
-        """The sample at `index`, or the next one whose images can be decoded, with its images [3, H, W]."""
+    def _job(self, rows: Iterable[tuple[Sample, ...]]) -> ConversationJob:
+        return ConversationJob(rows=tuple(rows), form=self.form, is_packed=self.rows is not None)
+
+    def _row(self, index: int) -> tuple[Sample, ...]:
+        return tuple(self.samples[i] for i in ((index,) if self.rows is None else self.rows[index]))
+
+    def _decodable(self, index: int) -> tuple[Sample, ...]:
+        """The samples of the row at `index` whose images can be decoded, or of the next row that has any."""
         for step in range(len(self)):
-            sample = self.samples[(index + step) % len(self)]
-            try:
-                return sample, [read_picture(file, self.image) for file in sample.images]
-            except DataError as error:
-                if self.on_broken == "stop":
-                    raise
-                logger.error("Sample %s is left out: %s", sample.name, error)
+            row = self._row((index + step) % len(self))
+            if kept := tuple(sample for sample in row if self._is_decodable(sample)):
+                return kept
         raise DataError("No sample has images that can be decoded.")
+
+    def _is_decodable(self, sample: Sample) -> bool:
+        try:
+            for file in sample.images:
+                read_image(file)
+        except DataError as error:
+            logger.error("Sample %s is left out: %s", sample.name, error)
+            return False
+        return True
 
 
 def read_picture(file: Path, wanted: ImageInput) -> Tensor:
@@ -187,7 +265,7 @@ def _load(
             if length > config.sequence_length:
                 broken.add(f"longer than data.sequence_length ({config.sequence_length})", f"{sample.name} ({length})")
             elif (sample.labels == IGNORED).all():
-                broken.add("no answer has a token", sample.name)
+                broken.add("no answer has a token to learn", sample.name)
             elif is_held_out and (file_name := _undecodable(sample)):
                 broken.add("an image cannot be decoded", f"{sample.name} ({file_name})")
             else:
@@ -200,16 +278,9 @@ def _load(
     kinds = sorted({sample.kind for part in parts for sample in part if sample.kind is not None})
     suffixes = ["", *(f" {kind}" for kind in kinds)]
     token_kinds = tuple(f"{kind}{suffix}" for suffix in suffixes for kind in (TEXT_KIND, IMAGE_KIND))
+    form = InputForm(image=image, image_token_id=image_token_id, pad_token_id=pad_token_id, token_kinds=token_kinds)
     train, held_out = (
-        ConversationExamples(
-            samples=tuple(part),
-            image=image,
-            image_token_id=image_token_id,
-            pad_token_id=pad_token_id,
-            token_kinds=token_kinds,
-            on_broken=config.on_broken,
-        )
-        for part in parts
+        ConversationExamples(samples=tuple(part), form=form, on_broken=config.on_broken) for part in parts
     )
     return ConversationData(train=train, held_out=held_out, broken=all_broken)
 
@@ -228,10 +299,12 @@ def _encoded(
     conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str, image_token_id: int
 ) -> Sample:
     tokens = encode(conversation, tokenizer, template, image_token_id=image_token_id, tokens_per_image=1)
+    labels = np.array(tokens.labels, np.int32)
+    labels[:1] = IGNORED
     return Sample(
         name=conversation.name,
         kind=conversation.kind,
         images=conversation.images,
         ids=np.array(tokens.input_ids, np.int32),
-        labels=np.array(tokens.labels, np.int32),
+        labels=labels,
     )

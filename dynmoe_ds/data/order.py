@@ -57,6 +57,16 @@ class TrainingOrder:
         """The epochs, from 0, that the sequences of `indices` belong to."""
         return [position // self.num_sequences for position in self._positions(step, micro_step)]
 
+    def padding_share(self, lengths: np.ndarray) -> float:
+        """The share of padding in the first epoch's batches of all ranks, each as long as its longest sequence.
+
+        lengths: of every sequence, in tokens.
+        """
+        line = lengths[_order(self.seed, 0, self.num_sequences, self.grouping, self.global_batch_size)]
+        size = min(self.micro_batch_size, len(line))
+        batches = line[: len(line) // size * size].reshape(-1, size)
+        return 1 - float(batches.sum() / (batches.max(axis=1).sum() * size))
+
     def _positions(self, step: int, micro_step: int) -> range:
         """The stretch of the line of all epochs that this rank reads in a micro step."""
         assert 0 <= micro_step < self.gradient_accumulation_steps, (micro_step, self.gradient_accumulation_steps)

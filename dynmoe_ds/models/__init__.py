@@ -6,8 +6,10 @@ from dynmoe_ds.models.dense import dense_model, empty_model
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
 from dynmoe_ds.models.vision_language import (
+    PACKABLE,
     Vocabulary,
     build_vision_language,
+    check_packing,
     finish_vision_language,
     llava_backbone,
     see_images_in_vain,
@@ -15,6 +17,7 @@ from dynmoe_ds.models.vision_language import (
 )
 
 __all__ = [
+    "PACKABLE",
     "FlopCount",
     "Head",
     "ParameterCount",
@@ -23,6 +26,7 @@ __all__ = [
     "build_classifier",
     "build_decoder",
     "build_vision_language",
+    "check_packing",
     "count_flops",
     "count_parameters",
     "decoder_backbone",

@@ -35,6 +35,11 @@ VISION, TEXT = "model.vision_pretrained", "model.text_pretrained"
 FEATURE_LAYER = -2
 
 _TOWERS: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+# Decoders that keep packed samples apart, as the tests say of each: the mask they make of positions that begin again is
+# right, and no other part of them knows of places in the row.
+PACKABLE = ("gemma", "llama", "mistral", "phi", "qwen2", "stablelm")
+# Kernels that take that mask. Flash attention tells samples apart in batches of one row only.
+_MASKED_ATTENTION = ("eager", "sdpa")
 # What a folder of a whole CLIP or SigLIP says of itself; its vision tower is a part of it.
 _PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
@@ -136,8 +141,23 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
 
 
 def see_images_in_vain(model: LlavaForConditionalGeneration) -> None:
-    """Let `model` take a batch of text alone that brings an image (`_SeesImagesInVain`)."""
-    model.model.__class__ = _SeesImagesInVain
+    """Let `model` take the batches of `data.ConversationExamples` (`_TakesConversations`)."""
+    model.model.__class__ = _TakesConversations
+
+
+def check_packing(model: LlavaForConditionalGeneration) -> None:
+    """Raises: ConfigError if samples in one row may see one another in the language model."""
+    config = model.model.language_model.config
+    if config.model_type not in PACKABLE:
+        raise ConfigError(
+            f"data.packing is true but the language model is of type {config.model_type}. Samples in one row are known "
+            f"to stay apart in {', '.join(PACKABLE)}. Set data.packing=false."
+        )
+    if (attention := config._attn_implementation) not in _MASKED_ATTENTION:
+        raise ConfigError(
+            f"data.packing is true but the attention of the language model is {attention}, in which samples in one row "
+            f"may see one another. Use {' or '.join(_MASKED_ATTENTION)}, or set data.packing=false."
+        )
 
 
 def freeze_all_but(model: LlavaForConditionalGeneration, trained: Sequence[str]) -> None:
@@ -241,13 +261,21 @@ def _take_text_model(model: LlavaForConditionalGeneration, folder: str) -> None:
     keep_frequencies_exact(model)
 
 
-class _SeesImagesInVain(LlavaModel):
-    """Takes images that no token stands for: they pass tower and projector, and count for nothing.
+class _TakesConversations(LlavaModel):
+    """Takes images that no token stands for, and rows of several samples.
 
-    A batch of text alone brings a black image, so that on every rank the same modules take part in forward and backward
-    pass, in the same order: gradients of the projector are reduced, and at ZeRO-3 weights gathered, by all ranks
-    together.
+    Such images pass tower and projector, and count for nothing. A batch of text alone brings one, so that on every rank
+    the same modules take part in forward and backward pass, in the same order: gradients of the projector are reduced,
+    and at ZeRO-3 weights gathered, by all ranks together.
     """
+
+    def forward(self, *args: Any, packed_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """packed_positions [B, L] int64: from 0 again wherever another sample of the row begins, and padding."""
+        if packed_positions is not None:
+            # From positions decoders make masks that keep samples apart, of every form that their attention needs, but
+            # only if there is neither a mask nor a cache. `PaddingMask` has taken the mask further up.
+            kwargs |= {"position_ids": packed_positions, "attention_mask": None, "use_cache": False}
+        return super().forward(*args, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         is_image = input_ids == self.config.image_token_id

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dynmoe_ds.adaptation import alarms
 from dynmoe_ds.config.deepspeed_json import to_deepspeed
-from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.config.schema import DataConfig, ImageFolderConfig, LlavaDataConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
-from dynmoe_ds.data import TrainingOrder, from_rank_zero
+from dynmoe_ds.data import BatchLoader, TrainingOrder, from_rank_zero
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed
@@ -89,6 +89,13 @@ class Trainer:
             on_non_finite="skip_step" if config.training.on_non_finite == "skip_step" else "stop",
             dispatch=config.parallel.dispatch,
         )
+        self.loader = BatchLoader(
+            self.task.train,
+            self.training_order,
+            num_steps=config.training.steps,
+            num_workers=_num_workers(config.data),
+            device=self.engine.device,
+        )
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
         self.run_log = RunLog(config, self.task, stream, self.first_step)
@@ -154,6 +161,7 @@ class Trainer:
             self.checkpoints.settle_at_the_end()
             raise
         finally:
+            self.loader.close()
             self.run_log.close()
 
     def _finish(self) -> None:
@@ -193,9 +201,7 @@ class Trainer:
         num_left_out = self.engine.skipped_steps
         losses = torch.zeros(2, device=self.engine.device)
         for micro_step in range(self.config.training.gradient_accumulation_steps):
-            indices = self.training_order.indices(step, micro_step)
-            epochs = self.training_order.epochs(step, micro_step)
-            batch = self.task.train.batch(indices, self.engine.device, epochs)
+            batch = self.loader.batch(step, micro_step)
             loss = self.engine(**batch).loss
             self.engine.backward(loss)
             self.engine.step()  # updates the weights after the last micro-batch
@@ -340,6 +346,11 @@ def _training_order(config: RunConfig, task: Task) -> TrainingOrder:
         world_size=dist.get_world_size(),
         grouping=task.grouping,
     )
+
+
+def _num_workers(data: DataConfig) -> int:
+    """Of each rank; other data than images are in memory already."""
+    return data.num_workers if isinstance(data, LlavaDataConfig | ImageFolderConfig) else 0
 
 
 @dataclass(kw_only=True, slots=True)

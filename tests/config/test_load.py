@@ -90,6 +90,23 @@ def test_every_registered_router_has_an_option_equal_to_its_preset() -> None:
         assert load_config([RUN_DIR, f"router={name}", "adaptation=split_all"]).router == router_config(name)
 
 
+def test_packing_and_worker_processes_are_options_of_conversations(tmp_path: Path) -> None:
+    empty_files(tmp_path)
+    files = [f"data.{key}={tmp_path / name}" for key, name in DATA.items()]
+    rest = [RUN_DIR, "stage=experts", "training.sample_tokens=0", *files]
+    found = {
+        name: load_config([*rest, *overrides]).data
+        for name, overrides in {
+            "plain": ["model=llava_tiny", "data=llava"],
+            "packed": ["model=llava_tiny", "data=llava_packed"],
+            "demo": ["experiment=demo_vl"],
+        }.items()
+    }
+    assert {name: (data.packing, data.num_workers) for name, data in found.items()} == {
+        "plain": (False, 4), "packed": (True, 4), "demo": (False, 0),
+    }  # fmt: skip
+
+
 def test_the_experiments_say_what_they_should() -> None:
     demo = load_config([RUN_DIR, "experiment=demo"])
     assert demo.router == TopAnyConfig.budgeted(2.0)

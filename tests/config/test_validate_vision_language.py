@@ -79,6 +79,7 @@ def test_the_stages_of_the_demo_and_of_the_papers_have_no_faults(run, tmp_path):
         ({"data__held_out_path": None}, "data.held_out_path is null. Name the JSON file to evaluate on."),
         ({"data__tokenizer": None}, "data.tokenizer is null. Name the folder of the language model's tokenizer."),
         ({"data__sequence_length": 1}, "data.sequence_length is 1 but must be at least 2."),
+        ({"data__num_workers": -1}, "data.num_workers is -1 but must be at least 0."),
         (
             {"training__sample_tokens": 2},
             "training.sample_tokens is 2 but data.name is llava, from which no",

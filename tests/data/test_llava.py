@@ -20,7 +20,6 @@ from dynmoe_ds.data.image_transforms import padded_to_square
 from dynmoe_ds.errors import DataError
 
 IMAGE = ImageInput(size=8, num_tokens=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 
 def said(question: str, answer: str) -> list[dict[str, str]]:
@@ -32,15 +31,6 @@ SAMPLES: list[dict[str, Any]] = [
     {"id": "b", "conversations": said("What is three plus four?", "seven"), "kind": "text"},
     {"id": "c", "image": ["red.png", "white.png"], "conversations": said("<image> <image>\nWhich digit?", "one")},
 ]  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    Image.new("RGB", (8, 8), WHITE).save(tmp_path / "white.png")
-    Image.new("RGB", (8, 4), RED).save(tmp_path / "red.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    digit_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return tmp_path
 
 
 def load(folder: Path, samples: list[dict[str, Any]] = SAMPLES, **values: Any) -> ConversationData:
@@ -165,7 +155,8 @@ def test_padding_to_a_square_keeps_the_whole_image(size, box):
 
 def test_what_cannot_be_learned_or_scored_is_broken(folder):
     silent = {"id": "silent", "conversations": said("What is three plus four?", "")}
-    with pytest.raises(DataError, match=r"1 x no answer has a token: silent"):
+    # Of b only the answer is left, a single token, before which there is nothing to tell it from.
+    with pytest.raises(DataError, match=r"2 x no answer has a token to learn: b, silent"):
         load(folder, [*SAMPLES, silent], template="plain")
     blurred = SAMPLES[0] | {"id": "blurred", "image": "broken.png"}
     held_out = folder / "more.json"

@@ -112,3 +112,18 @@ def test_a_step_of_an_order_with_groups_is_of_one_kind_however_it_is_dealt_out(l
         assert len({bool(kinds[index]) for index in dealt}) == 1, step
         seen += dealt
     assert sorted(seen) == list(range(24)), "an epoch"
+
+
+def test_the_share_of_padding_by_hand():
+    """Of seven sequences three batches of two are whole, whichever rank has them; two alone are a batch."""
+    lengths = np.arange(1, 8)
+    order = _training_order(rank=1, world_size=2, micro=2, num_sequences=7)
+    epoch = [_training_order(num_sequences=7, micro=1).indices(step, 0)[0] for step in range(7)]
+    batches = [[int(lengths[i]) for i in epoch[start : start + 2]] for start in (0, 2, 4)]
+    padding = sum(2 * max(batch) - sum(batch) for batch in batches)
+    assert order.padding_share(lengths) == pytest.approx(padding / sum(2 * max(batch) for batch in batches))
+    alike = replace(
+        _training_order(micro=2, num_sequences=6), grouping=Grouping(lengths=lengths[:6], kinds=np.zeros(6))
+    )
+    assert alike.padding_share(lengths[:6]) == pytest.approx(3 / 24), "1 2 | 3 4 | 5 6"
+    assert _training_order(micro=8, num_sequences=2).padding_share(np.array([3, 9])) == pytest.approx(1 - 12 / 18)

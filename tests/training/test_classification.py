@@ -62,7 +62,9 @@ def glue_run(data: Path, run_dir: Path | str, *overrides: str) -> RunConfig:
 
 
 def image_run(data: Path, run_dir: Path | str, *overrides: str) -> RunConfig:
-    return load_config(["experiment=image_vit_small", f"data.path={data}/images", f"run_dir={run_dir}", *overrides])
+    # Ranks of tests may not have worker processes.
+    paths = (f"data.path={data}/images", f"run_dir={run_dir}", "data.num_workers=0")
+    return load_config(["experiment=image_vit_small", *paths, *overrides])
 
 
 def test_the_glue_recipe_says_what_the_paper_says(data):

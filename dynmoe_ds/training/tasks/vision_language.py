@@ -21,6 +21,7 @@ from dynmoe_ds.data import (
     HeldOutOrder,
     ImageInput,
     ImageStatistics,
+    TrainingOrder,
     load_conversations,
     load_pretrained_tokenizer,
     read_image_statistics,
@@ -32,6 +33,7 @@ from dynmoe_ds.export import load_model
 from dynmoe_ds.models import (
     Vocabulary,
     build_vision_language,
+    check_packing,
     finish_vision_language,
     llava_backbone,
     tokens_per_image,
@@ -86,9 +88,14 @@ class VisionLanguage:
             config.data, self.tokenizer, self.image, vocabulary.image_token_id, vocabulary.pad_token_id
         )
 
-    @property
+    @cached_property
     def train(self) -> ConversationExamples:
-        return self.data.train
+        data = self.config.data
+        assert isinstance(data, LlavaDataConfig)
+        samples = self.data.train
+        return (
+            samples.packed(data.sequence_length, self.config.seed, is_grouped=data.group) if data.packing else samples
+        )
 
     @property
     def num_held_out(self) -> int:
@@ -96,13 +103,16 @@ class VisionLanguage:
 
     @cached_property
     def grouping(self) -> Grouping | None:
+        return self._grouping(self.train)
+
+    def _grouping(self, examples: ConversationExamples) -> Grouping | None:
         assert isinstance(self.config.data, LlavaDataConfig)
-        return self.data.train.grouping() if self.config.data.group else None
+        return examples.grouping() if self.config.data.group else None
 
     @cached_property
     def tokens_per_example(self) -> int:
         """The mean, images included, without padding."""
-        return round(sum(map(self.train.length, range(len(self.train)))) / len(self.train))
+        return round(float(self.train.lengths().mean()))
 
     @property
     def token_kinds(self) -> tuple[str, ...]:
@@ -110,9 +120,38 @@ class VisionLanguage:
 
     def build_model(self) -> nn.Module:
         model = self._start()
+        assert isinstance(self.config.data, LlavaDataConfig)
+        if self.config.data.packing:
+            check_packing(model)
         finish_vision_language(model, self.config)
-        _announce_trained(model, self.stage.trained)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            _announce_trained(model, self.stage.trained)
+            self._announce_padding()
         return model
+
+    def _announce_padding(self) -> None:
+        """Say how much of the first epoch's batches is padding, and what packing changes."""
+        share, samples = self._padding(self.train), self.data.train
+        if self.train is samples:
+            logger.info("Padding is %.1f %% of a batch's tokens", 100 * share)
+            return
+        logger.info(
+            "%d samples are packed into %d rows: padding is %.1f %% of a batch's tokens, %.1f %% without packing",
+            *(len(samples), len(self.train), 100 * share, 100 * self._padding(samples)),
+        )
+
+    def _padding(self, examples: ConversationExamples) -> float:
+        training = self.config.training
+        order = TrainingOrder(
+            seed=self.config.seed,
+            num_sequences=len(examples),
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            rank=0,
+            world_size=self.config.parallel.num_ranks,
+            grouping=self._grouping(examples),
+        )
+        return order.padding_share(examples.lengths())
 
     def _start(self) -> LlavaForConditionalGeneration:
         """The model that the stage starts from, float32."""
@@ -237,9 +276,7 @@ def _statistics(model: LlavaModelConfig, backbone: LlavaConfig) -> ImageStatisti
 
 
 def _announce_trained(model: nn.Module, parts: Sequence[str]) -> None:
-    """Say on rank 0 what trains. Sizes are of this rank's share of the experts."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
+    """Say what trains. Sizes are of this rank's share of the experts."""
     total = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     logger.info("Training %s: %.2fM of %.2fM parameters on this rank", ", ".join(parts), trained / 1e6, total / 1e6)
