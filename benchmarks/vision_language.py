@@ -98,7 +98,6 @@ def _dynmoe(verb: str, overrides: Sequence[str]) -> None:
 
 def result(history: RunHistory) -> dict[str, Any]:
     """What a run's end says: JSON's values alone."""
-    rates = history.series["train/tokens_per_second"].values
     return {
         "steps": history.last_step,
         "exact_match": exact_match(history),
@@ -109,7 +108,6 @@ def result(history: RunHistory) -> dict[str, Any]:
         "deaths": sum(count for layer in history.layers for _, count in layer.deaths),
         "active_parameters": _last(history, "eval/active_parameters"),
         "forward_flops_per_token": _last(history, "eval/forward_flops_per_token"),
-        "tokens_per_second": statistics.median(rates),
         "mean_k_per_kind": {
             name.removeprefix(_KIND): series.values[-1]
             for name, series in history.series.items()
@@ -146,10 +144,10 @@ def page_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         ),
     )
     yield ""
-    yield "What it costs. Parameters and FLOPs are of one held-out token; tokens/s are medians over the steps of a run."
+    yield "What it costs. Parameters and FLOPs are of one held-out token. Speed is compared in [train.md](train.md)."
     yield ""
     yield from side_by_side.table(
-        ["third stage", "mean k", "live experts", "births / deaths", "active parameters", "forward MFLOPs", "tokens/s"],
+        ["third stage", "mean k", "live experts", "births / deaths", "active parameters", "forward MFLOPs"],
         ([name, *_costs(cells)] for name, cells in by_variant.items()),
     )
     dynamic = by_variant.get("dynamic", [])
@@ -175,7 +173,6 @@ def _costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f"{over('births', 1, 1)} / {over('deaths', 1, 1)}"
     yield over("active_parameters", 1e3, 0) + "k" if cells[0]["active_parameters"] is not None else "–"
     yield over("forward_flops_per_token", 1e6, 2)
-    yield over("tokens_per_second", 1, 0)
 
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> Path:

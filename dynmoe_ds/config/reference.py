@@ -100,7 +100,7 @@ def _classes(hint: Any) -> list[type]:
         return list(dict.fromkeys(type(router_config(name)) for name in router_names()))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [cls for argument in typing.get_args(hint) for cls in _classes(argument)]
-    return [hint] if is_dataclass(hint) else []
+    return [hint] if isinstance(hint, type) and is_dataclass(hint) else []
 
 
 def _names(cls: type) -> list[str]:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks import vision_language
 from benchmarks.vision_language import BEFORE, VARIANTS, cell_folder, page_lines, result, third_stage
 from dynmoe_ds.config.load import load_config
@@ -20,8 +18,7 @@ SHARES = {"": 0.5, "which": 0.75, "sum": 0.25}
 def cell(variant: str, seed: int, share: float, **values: Any) -> dict[str, Any]:
     told = {
         "exact_match": {"all": share, "sum": share / 2}, "loss": 1.0, "mean_k": None, "live": [], "births": 0,
-        "deaths": 0, "active_parameters": None, "forward_flops_per_token": None, "tokens_per_second": 100.0,
-        "mean_k_per_kind": {},
+        "deaths": 0, "active_parameters": None, "forward_flops_per_token": None, "mean_k_per_kind": {},
     }  # fmt: skip
     return {"variant": variant, "seed": seed, **told, **values}
 
@@ -50,7 +47,7 @@ def test_a_cell_is_what_its_run_ended_with(tmp_path: Path) -> None:
     found = json.loads(json.dumps(result(read_history(run))))
     assert found["steps"] == 120 and found["exact_match"] == {"all": 0.5, "sum": 0.25, "which": 0.75}
     assert len(found["live"]) == 2 and all(live >= 2 for live in found["live"])
-    assert found["births"] > 0 and found["tokens_per_second"] == pytest.approx(10240, rel=0.1)
+    assert found["births"] > 0
     assert found["mean_k"] is None  # the made-up run logs none of its held-out data
 
 
@@ -67,8 +64,8 @@ def test_the_page_has_means_and_ranges(tmp_path: Path) -> None:
     lines = list(page_lines(results))
     assert f"| {BEFORE} | 1 | 40.0 | 20.0 | 1.000 |" in lines
     assert "| dynamic | 2 | 65.0 ± 5.0 | 32.5 ± 2.5 | 1.000 ± 0.000 |" in lines
-    assert f"| {BEFORE} | – | – | 0.0 / 0.0 | – | – | 100 |" in lines
-    assert "| dynamic | 2.00 ± 0.00 | 8.0 ± 0.0, 7.5 ± 0.5 | 8.0 ± 0.0 / 0.0 ± 0.0 | – | – | 100 ± 0 |" in lines
+    assert f"| {BEFORE} | – | – | 0.0 / 0.0 | – | – |" in lines
+    assert "| dynamic | 2.00 ± 0.00 | 8.0 ± 0.0, 7.5 ± 0.5 | 8.0 ± 0.0 / 0.0 ± 0.0 | – | – |" in lines
     assert "| sum | 1.50 ± 0.00 |" in lines
     picture = vision_language.draw(results, tmp_path / "bars.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
