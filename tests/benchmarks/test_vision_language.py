@@ -66,6 +66,6 @@ def test_the_page_has_means_and_ranges(tmp_path: Path) -> None:
     assert "| dynamic | 2 | 65.0 ± 5.0 | 32.5 ± 2.5 | 1.000 ± 0.000 |" in lines
     assert f"| {BEFORE} | – | – | 0.0 / 0.0 | – | – |" in lines
     assert "| dynamic | 2.00 ± 0.00 | 8.0 ± 0.0, 7.5 ± 0.5 | 8.0 ± 0.0 / 0.0 ± 0.0 | – | – |" in lines
-    assert "| sum | 1.50 ± 0.00 |" in lines
+    assert "| text sum | 1.50 ± 0.00 |" in lines
     picture = vision_language.draw(results, tmp_path / "bars.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
