@@ -13,7 +13,7 @@ from dynmoe_ds.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynmoe_ds.integrations.lm_eval import TaskScores
+    from dynmoe_ds.harness.lm_eval import TaskScores
 
 _OPTIONS = ("limit", "fewshot", "batch_size", "task_folder", "tokenizer", "download")
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the scores. Raises: as `evaluate_tasks`."""
     if not arguments.download:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when Hugging Face's packages are imported, below
-    from dynmoe_ds.integrations.lm_eval import evaluate_tasks
+    from dynmoe_ds.harness.lm_eval import evaluate_tasks
 
     scores = evaluate_tasks(
         arguments.run_dir,

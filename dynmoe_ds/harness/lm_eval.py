@@ -2,7 +2,7 @@
 
 `dynmoe evaluate FOLDER --tasks arc_easy` runs them. The harness's own command knows the model as `dynmoe`:
 
-    python -m dynmoe_ds.integrations.lm_eval run --model dynmoe --model_args path=FOLDER --tasks arc_easy
+    python -m dynmoe_ds.harness.lm_eval run --model dynmoe --model_args path=FOLDER --tasks arc_easy
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dynmoe_ds.errors import ConfigError, DataError, DynMoEError
 
 if TYPE_CHECKING:
-    from dynmoe_ds.integrations.harness_model import Cost
+    from dynmoe_ds.harness.harness_model import Cost
 
 PACKAGES = ("lm_eval", "accelerate")
 
@@ -64,8 +64,8 @@ def evaluate_tasks(
     require_lm_eval()
     from lm_eval.evaluator import simple_evaluate
 
-    from dynmoe_ds.integrations.harness_model import HarnessModel
-    from dynmoe_ds.integrations.model_folder import check_model_folder
+    from dynmoe_ds.harness.harness_model import HarnessModel
+    from dynmoe_ds.harness.model_folder import check_model_folder
 
     check_model_folder(Path(folder))
     manager, names = _find(tasks, task_folder)
@@ -146,7 +146,7 @@ def _load(manager: Any, name: str) -> list[Any]:
         if getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(
                 f"The task {task_name} runs code that the model writes. Only the harness's own command does so, with "
-                "--confirm_run_unsafe_code: python -m dynmoe_ds.integrations.lm_eval run --model dynmoe ..."
+                "--confirm_run_unsafe_code: python -m dynmoe_ds.harness.lm_eval run --model dynmoe ..."
             )
     inside = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
     subgroups = {child for children in loaded["group_map"].values() for child in children}
@@ -185,7 +185,7 @@ def main() -> None:
         require_lm_eval()
         from lm_eval.__main__ import cli_evaluate
 
-        import dynmoe_ds.integrations.harness_model  # noqa: F401 - registers the model
+        import dynmoe_ds.harness.harness_model  # noqa: F401 - registers the model
 
         cli_evaluate()
     except DynMoEError as error:

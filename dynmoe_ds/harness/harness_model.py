@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.integrations.model_folder import load_model_folder
+from dynmoe_ds.harness.model_folder import load_model_folder
 from dynmoe_ds.models import count_flops, count_parameters
 from dynmoe_ds.moe import MoELayer, StepLedger, labelled
 from dynmoe_ds.routing import RoutingRecords

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: models of this package under its tasks (extra `eval`)."""
