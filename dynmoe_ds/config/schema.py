@@ -147,6 +147,23 @@ class TokenShardsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronIndexedConfig:
+    """Megatron's indexed data sets for language modelling, which need the extra `megatron`.
+
+    paths: a data set each, without `.bin` or `.idx`. weights: the share of the windows of `sequence_length` tokens that
+    each contributes, in any unit; empty to read every window once per epoch. tokenizer: the folder of the tokenizer
+    that made them (or its file). held_out_fraction: of each data set's documents; the last ones.
+    """
+
+    name: Literal["megatron_indexed"] = "megatron_indexed"
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    tokenizer: str | None
+    sequence_length: int
+    held_out_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GlueDataConfig:
     """One task of GLUE: `path` is the folder of its download, `tokenizer` that of a pretrained model (or its file).
 
@@ -197,7 +214,8 @@ class LlavaDataConfig:
 # The sections `model` and `data` are of one of these kinds each. `name` tells which: another kind is another dataclass
 # whose field `name` is a Literal of names that no other kind has.
 ModelConfig: TypeAlias = LlamaModelConfig | BertClassifierConfig | ViTClassifierConfig | LlavaModelConfig
-DataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | GlueDataConfig | ImageFolderConfig | LlavaDataConfig
+LanguageDataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | MegatronIndexedConfig
+DataConfig: TypeAlias = LanguageDataConfig | GlueDataConfig | ImageFolderConfig | LlavaDataConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from dynmoe_ds.data.examples import Examples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
 from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
+from dynmoe_ds.data.megatron_indexed import BlendedWindows, MegatronIndexedData, load_megatron_indexed
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 from dynmoe_ds.data.rank_zero import from_rank_zero
@@ -15,6 +16,7 @@ from dynmoe_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, save_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
+    "BlendedWindows",
     "ConversationData",
     "ConversationExamples",
     "Examples",
@@ -23,6 +25,7 @@ __all__ = [
     "HeldOutOrder",
     "ImageFolderData",
     "ImageInput",
+    "MegatronIndexedData",
     "TextData",
     "TokenSequences",
     "TokenShardData",
@@ -33,6 +36,7 @@ __all__ = [
     "load_conversations",
     "load_glue_data",
     "load_image_folder",
+    "load_megatron_indexed",
     "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",

@@ -1,8 +1,13 @@
-"""megatron-core, which is optional."""
+"""megatron-core, which is optional: whether it is there, and its modules when they are needed."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import warnings
+from types import ModuleType
+
+from dynmoe_ds.errors import ConfigError
 
 DISTRIBUTION = "megatron-core"
 
@@ -13,3 +18,19 @@ def find_megatron() -> str | None:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def megatron_module(name: str, needed_for: str) -> ModuleType:
+    """The module `megatron.core.<name>`, imported now: the first one takes seconds.
+
+    Raises: ConfigError, naming the extra to install and what is `needed_for`, where megatron-core is missing.
+    """
+    if find_megatron() is None:
+        raise ConfigError(
+            f"{needed_for} needs megatron-core, which is not installed. Install it with "
+            "`pip install 'dynmoe-ds[megatron]'` (Python 3.11; later versions of Python are not supported yet)."
+        )
+    with warnings.catch_warnings():
+        # That Transformer Engine and apex are missing, which it does without, and what it has deprecated itself.
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"megatron.core.{name}")
