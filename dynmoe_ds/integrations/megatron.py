@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import warnings
 from types import ModuleType
+from typing import Any
 
 from dynmoe_ds.errors import ConfigError
 
@@ -34,3 +35,38 @@ def megatron_module(name: str, needed_for: str) -> ModuleType:
         # That Transformer Engine and apex are missing, which it does without, and what it has deprecated itself.
         warnings.simplefilter("ignore")
         return importlib.import_module(f"megatron.core.{name}")
+
+
+class MegatronGroups:
+    """The groups of megatron-core's `parallel_state` under the names that DeepSpeed asks for.
+
+    engine = dm.initialize(model=model, config=config, mpu=MegatronGroups())
+
+    Raises: ConfigError without megatron-core, or where it is not initialised.
+    """
+
+    def __init__(self) -> None:
+        self._state: Any = megatron_module("parallel_state", "MegatronGroups")
+        if not self._state.is_initialized():
+            raise ConfigError(
+                "MegatronGroups needs the groups of megatron-core. Call megatron.core.parallel_state."
+                "initialize_model_parallel(tensor_model_parallel_size=...) first."
+            )
+
+    def get_model_parallel_group(self) -> Any:
+        return self._state.get_tensor_model_parallel_group()
+
+    def get_model_parallel_rank(self) -> int:
+        return int(self._state.get_tensor_model_parallel_rank())
+
+    def get_model_parallel_world_size(self) -> int:
+        return int(self._state.get_tensor_model_parallel_world_size())
+
+    def get_data_parallel_group(self) -> Any:
+        return self._state.get_data_parallel_group()
+
+    def get_data_parallel_rank(self) -> int:
+        return int(self._state.get_data_parallel_rank())
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(self._state.get_data_parallel_world_size())

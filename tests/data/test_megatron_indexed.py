@@ -72,9 +72,7 @@ def test_a_blend_is_what_megatron_core_blends(corpus: Path) -> None:
             eod_mask_loss=False, add_extra_token_to_sequence=False, create_attention_mask=False,
             tokenizer=SimpleNamespace(vocab_size=201, eod=200, unique_identifiers={}),
         )  # fmt: skip
-        built = BlendedMegatronDatasetBuilder(
-            GPTDataset, [size, None if size is None else 3, None], lambda: True, config
-        ).build()[0]
+        built = BlendedMegatronDatasetBuilder(GPTDataset, [size, size, size], lambda: True, config).build()[0]
         return [built[i]["tokens"].tolist() for i in range(len(built))]
 
     def of_books(rows: list[list[int]]) -> int:
@@ -197,15 +195,13 @@ def test_every_rank_says_what_is_wrong_and_reads_the_same(tmp_path: Path) -> Non
 def test_parts_that_are_too_short_are_named(corpus: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_megatron_indexed(_config(corpus, "books", "web", sequence_length=41))
-    assert (
-        str(caught.value)
-        .splitlines()[0]
-        .startswith(
-            f"{corpus}/books has 10 documents, of which 3 with 30 tokens are its held-out part, too few for a window of "
-            "data.sequence_length=41. Use a shorter"
-        )
+    books, web = str(caught.value).splitlines()
+    assert books == (
+        f"{corpus}/books has 10 documents, of which 3 with 30 tokens are its held-out part, too few for a window of "
+        "data.sequence_length=41. Use a shorter data.sequence_length or another data.held_out_fraction, or leave the "
+        "data set out."
     )
-    assert str(caught.value).splitlines()[1].startswith(f"{corpus}/web has 3 documents, of which 1 with 40 tokens")
+    assert web.startswith(f"{corpus}/web has 3 documents, of which 1 with 40 tokens are its held-out part")
 
 
 def test_without_megatron_core_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
