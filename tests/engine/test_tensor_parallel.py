@@ -14,6 +14,7 @@ import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError, ConfigError, DynMoEError
 from dynmoe_ds.integrations.megatron import MegatronGroups, megatron_module
 from tests.helpers.megatron import needs_megatron
+from tests.helpers.megatron_gpt import train_gpt
 from tests.helpers.models import deepspeed_config, gathered
 from tests.helpers.spawn import run_ranks
 
@@ -135,7 +136,9 @@ def _train(mpu: Any, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_rank(rank: int, world_size: int) -> dict[str, Any]:
-    return {name: _train(None, setting) for name, setting in SETTINGS.items()}
+    trained = {name: _train(None, setting) for name, setting in SETTINGS.items()}
+    megatron_module("parallel_state", "this test").initialize_model_parallel()
+    return {"trained": trained, "gpt": train_gpt(ep_size=1, tp_size=1)}
 
 
 def _four_ranks(rank: int, world_size: int) -> dict[str, Any]:
@@ -144,7 +147,8 @@ def _four_ranks(rank: int, world_size: int) -> dict[str, Any]:
     state.initialize_model_parallel(tensor_model_parallel_size=2)
     mpu = MegatronGroups()
     trained = {name: _train(mpu, setting) for name, setting in SETTINGS.items()}
-    return {"trained": trained, "messages": messages | _refused(mpu)}
+    gpt = train_gpt(ep_size=2, tp_size=2)
+    return {"trained": trained, "gpt": gpt, "messages": messages | _refused(mpu)}
 
 
 def _refused(mpu: MegatronGroups) -> dict[str, str]:
@@ -246,10 +250,17 @@ def ranks() -> list[dict[str, Any]]:
     return run_ranks(_four_ranks, 4, timeout_s=240)
 
 
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
+    result: dict[str, Any] = run_ranks(_one_rank, 1, timeout_s=120)[0]
+    return result
+
+
 @needs_megatron
-def test_tensor_and_expert_parallel_training_equals_one_rank(ranks: list[dict[str, Any]]) -> None:
-    one = run_ranks(_one_rank, 1, timeout_s=120)[0]
-    for name, expected in one.items():
+def test_tensor_and_expert_parallel_training_equals_one_rank(
+    ranks: list[dict[str, Any]], one_rank: dict[str, Any]
+) -> None:
+    for name, expected in one_rank["trained"].items():
         assert len(expected["records"][-1][3]) > 4, f"{name}: the pool did grow"
         assert max(expected["norms"]) > 0.3, f"{name}: clipping did act"
         for rank in ranks:
@@ -261,6 +272,19 @@ def test_tensor_and_expert_parallel_training_equals_one_rank(ranks: list[dict[st
             assert actual["weights"].keys() == expected["weights"].keys(), name
             for key, weight in expected["weights"].items():
                 assert (actual["weights"][key] - weight).abs().max() <= FLOAT32, (name, key)
+
+
+@needs_megatron
+def test_a_gpt_model_with_layers_of_experts_trains_and_grows_alike(
+    ranks: list[dict[str, Any]], one_rank: dict[str, Any]
+) -> None:
+    expected = one_rank["gpt"]
+    for layer in ("model.decoder.layers.0.mlp", "model.decoder.layers.1.mlp"):
+        assert [len(live[layer]) for live in expected["live"]] == [3, 3, 4, 4, 4, 4]
+    for rank in ranks:
+        assert rank["gpt"]["losses"] == pytest.approx(expected["losses"], abs=FLOAT32)
+        assert rank["gpt"]["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+        assert rank["gpt"]["live"] == expected["live"]
 
 
 @needs_megatron
