@@ -220,7 +220,10 @@ DataConfig: TypeAlias = LanguageDataConfig | GlueDataConfig | ImageFolderConfig 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a fall to `final_lr_fraction` of `lr`. No weight decay on thresholds and norms."""
+    """AdamW with linear warm-up and a fall to `final_lr_fraction` of `lr`. No weight decay on thresholds and norms.
+
+    implementation: whose kernels update the weights; `auto` takes apex's on GPUs where it is installed, else torch's.
+    """
 
     lr: float
     beta1: float
@@ -230,6 +233,7 @@ class OptimConfig:
     final_lr_fraction: float
     gradient_clipping: float
     lr_decay: Literal["cosine", "linear"] = "cosine"
+    implementation: Literal["auto", "torch", "deepspeed_fused", "apex"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,6 +65,11 @@ def init_distributed(timeout_s: float) -> None:
     deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=group_timeout())
 
 
+def runs_on_gpu() -> bool:
+    """Whether DeepSpeed trains on GPUs in this process."""
+    return bool(get_accelerator().device_name() != "cpu")
+
+
 def _free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

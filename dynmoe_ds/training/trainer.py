@@ -20,10 +20,10 @@ from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.data import TrainingOrder, from_rank_zero
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
-from dynmoe_ds.engine.seam import init_distributed
+from dynmoe_ds.engine.seam import init_distributed, runs_on_gpu
 from dynmoe_ds.errors import ConfigError, DynMoEError, NonFiniteError
 from dynmoe_ds.export import save_model
-from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
+from dynmoe_ds.models import count_flops, count_parameters, fuse_norms, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, traffic_metrics
@@ -76,6 +76,8 @@ class Trainer:
         model = self.task.build_model()
         self.parameter_count = count_parameters(model, config.parallel.ep_size)
         self.flop_count = count_flops(model, self.task.tokens_per_example)
+        if runs_on_gpu():
+            fuse_norms(model)
         self.engine = initialize(
             model=model,
             config=to_deepspeed(config),
@@ -85,6 +87,7 @@ class Trainer:
             token_kinds=self.task.token_kinds,
             on_non_finite="skip_step" if config.training.on_non_finite == "skip_step" else "stop",
             dispatch=config.parallel.dispatch,
+            adam=config.optim.implementation,
         )
         self.checkpoints = RunCheckpoints(config.checkpoint, config.run_dir, self.engine)
         self.first_step = self.checkpoints.resume()
