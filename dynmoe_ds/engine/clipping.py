@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_ds.engine.seam import group_name
-from dynmoe_ds.engine.tensor_parallel import is_shard
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import MoELayer, is_shard
 
 _SHARDS = "tensor-parallel shards"
 

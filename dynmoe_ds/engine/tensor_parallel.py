@@ -16,7 +16,7 @@ from torch import nn
 
 from dynmoe_ds.distributed import Layout, raise_together
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.moe import MoELayer, neighbours_fault
+from dynmoe_ds.moe import MoELayer, is_shard, neighbours_fault
 
 
 def tp_size_of(mpu: Any) -> int:
@@ -90,8 +90,3 @@ def agree_on_replicas(model: nn.Module, layers: Mapping[str, MoELayer], tp_group
             "the same initial values, or the norm of the gradients is silently wrong."
         )
     raise_together(error)
-
-
-def is_shard(param: nn.Parameter) -> bool:
-    """Whether each rank of a tensor-parallel group holds another part of a parameter; DeepSpeed asks the same."""
-    return bool(getattr(param, "model_parallel", False) or getattr(param, "tensor_model_parallel", False))

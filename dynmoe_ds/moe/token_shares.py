@@ -51,8 +51,13 @@ class TokenShares:
         """Sum every gradient of the module's parameters over the group, as soon as it is there.
 
         Once for parameters as they are now; again after they were replaced. Collective in each backward pass: the
-        group.
+        group. Raises: ConfigError for tensor-parallel parameters, whose module must see the tokens of all ranks.
         """
+        if shards := [name for name, param in module.named_parameters() if is_shard(param)]:
+            raise ConfigError(
+                f"{', '.join(shards)} of a MoELayer with tp_group are tensor-parallel, but each rank of the group has "
+                "its own share of the tokens there. Put a module that is not tensor-parallel into the layer."
+            )
         for handle in self._handles:
             handle.remove()
         self._handles = [p.register_hook(self._sum) for p in module.parameters() if p.requires_grad]
@@ -72,6 +77,11 @@ class TokenShares:
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         return total
+
+
+def is_shard(param: nn.Parameter) -> bool:
+    """Whether each rank of a tensor-parallel group holds another part of a parameter; DeepSpeed asks the same."""
+    return bool(getattr(param, "model_parallel", False) or getattr(param, "tensor_model_parallel", False))
 
 
 def neighbours_fault(what: str, ranks: list[int]) -> str | None:

@@ -21,11 +21,15 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps,
                                       weight_decay=weight_decay))
 
-    @torch.no_grad()
-    def step(self):
+    def zero_grad(self):
         for group in self.param_groups:
-            if not group["params"]:
-                continue
+            for p in group["params"]:
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["params"][0].device  # no group may be empty
             # One count for the group, a whole number: it goes into a kernel as such.
             group["step"] = group["step"] + 1 if "step" in group else 1
             step, (beta1, beta2) = group["step"], group["betas"]
@@ -35,8 +39,8 @@ class FusedAdam(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if len(state) == 0:
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
+                    state["exp_avg"] = torch.zeros_like(p).float()
+                    state["exp_avg_sq"] = torch.zeros_like(p).float()
                 grad = p.grad if self.adam_w_mode else p.grad + group["weight_decay"] * p
                 m, v = state["exp_avg"], state["exp_avg_sq"]
                 m.mul_(beta1).add_(grad, alpha=1 - beta1)

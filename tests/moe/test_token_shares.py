@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import dynmoe_ds as dm
+from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import neighbours_fault
 from tests.helpers.spawn import run_ranks
 
@@ -41,12 +42,20 @@ def _pass(num_tokens: int, padding: tuple[int, ...], tp_group: Any) -> dict[str,
     return {"y": y.detach(), "x.grad": x.grad, "aux_loss": aux_loss, "counts": counts, **grads}
 
 
-def _both(rank: int, world_size: int) -> list[Any]:
-    return [(_pass(*case, tp_group=dist.group.WORLD), _pass(*case, tp_group=None)) for case in CASES]
+def _both(rank: int, world_size: int) -> tuple[list[Any], str]:
+    passes = [(_pass(*case, tp_group=dist.group.WORLD), _pass(*case, tp_group=None)) for case in CASES]
+    split = torch.nn.Linear(8, 8)
+    split.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError) as caught:
+        dm.MoELayer(
+            hidden_size=8, ffn_hidden_size=12, num_experts=3, num_slots=4, tp_group=dist.group.WORLD, shared=split
+        )
+    return passes, str(caught.value)
 
 
 def test_ranks_with_the_same_tokens_equal_one_rank() -> None:
-    for of_rank in run_ranks(_both, 2):
+    for of_rank, refusal in run_ranks(_both, 2):
+        assert refusal.startswith("shared.weight of a MoELayer with tp_group are tensor-parallel, but each rank of the")
         for case, (shared_out, alone) in zip(CASES, of_rank, strict=True):
             for name, expected in alone.items():
                 torch.testing.assert_close(shared_out[name], expected, msg=lambda m, n=name, c=case: f"{c} {n}: {m}")
