@@ -23,10 +23,11 @@ LEVELS = [
     {"engine"},
     {"checkpoint"},
     {"adaptation"},
+    {"integrations"},
     {"moe"},
     {"dispatch"},
     {"experts", "routing"},
-    {"distributed", "integrations"},
+    {"distributed"},
     {"errors"},
 ]
 LEVEL = {room: height for height, rooms in enumerate(reversed(LEVELS)) for room in rooms}

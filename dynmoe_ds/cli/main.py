@@ -7,7 +7,20 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, plan, report, stages, tokenize, train
+from dynmoe_ds.cli import (
+    config,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    report,
+    stages,
+    tokenize,
+    train,
+)
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
 
@@ -20,6 +33,7 @@ _EXAMPLES = """examples:
   dynmoe config experiment=demo optim.lr=1e-3        print what a run would use
   dynmoe plan experiment=demo                        predict step time and memory of every layout
   dynmoe tokenize book.txt --out shards              write text as token shards for data=token_shards
+  dynmoe data index web.jsonl --tokenizer FOLDER --out corpus/web   the same in Megatron's format
   dynmoe evaluate runs/demo                          what a trained model's held-out data say, once more
   dynmoe generate runs/demo --prompt "The "          let it write
   dynmoe report runs/demo runs/other                 compare runs in one web page
@@ -38,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, stages, evaluate, generate, export, report, config, plan, tokenize, inspect, doctor):
+    for verb in (train, stages, evaluate, generate, export, report, config, plan, tokenize, data, inspect, doctor):
         verb.add_verb(verbs)
     return parser
 

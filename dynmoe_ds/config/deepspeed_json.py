@@ -33,7 +33,7 @@ def to_deepspeed(config: RunConfig) -> dict[str, Any]:
                 "betas": [config.optim.beta1, config.optim.beta2],
                 "eps": 1e-8,
                 "weight_decay": 0.0,
-                # Masters and moments are edited by surgery, which knows torch's state layout.
+                # DeepSpeed's own must be compiled; `dynmoe_ds.initialize(adam=...)` may choose another one.
                 "torch_adam": True,
             },
         },

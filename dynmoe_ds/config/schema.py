@@ -148,6 +148,23 @@ class TokenShardsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronIndexedConfig:
+    """Megatron's indexed data sets for language modelling, which need the extra `megatron`.
+
+    paths: a data set each, without `.bin` or `.idx`. weights: the share of the windows of `sequence_length` tokens that
+    each contributes, in any unit; empty to read every window once per epoch. tokenizer: the folder of the tokenizer
+    that made them (or its file). held_out_fraction: of each data set's documents; the last ones.
+    """
+
+    name: Literal["megatron_indexed"] = "megatron_indexed"
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    tokenizer: str | None
+    sequence_length: int
+    held_out_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GlueDataConfig:
     """One task of GLUE: `path` is the folder of its download, `tokenizer` that of a pretrained model (or its file).
 
@@ -206,12 +223,16 @@ class LlavaDataConfig:
 # The sections `model` and `data` are of one of these kinds each. `name` tells which: another kind is another dataclass
 # whose field `name` is a Literal of names that no other kind has.
 ModelConfig: TypeAlias = LlamaModelConfig | BertClassifierConfig | ViTClassifierConfig | LlavaModelConfig
-DataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | GlueDataConfig | ImageFolderConfig | LlavaDataConfig
+LanguageDataConfig: TypeAlias = TextDataConfig | TokenShardsConfig | MegatronIndexedConfig
+DataConfig: TypeAlias = LanguageDataConfig | GlueDataConfig | ImageFolderConfig | LlavaDataConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a fall to `final_lr_fraction` of `lr`. No weight decay on thresholds and norms."""
+    """AdamW with linear warm-up and a fall to `final_lr_fraction` of `lr`. No weight decay on thresholds and norms.
+
+    implementation: whose kernels update the weights; `auto` takes apex's on GPUs where it is installed, else torch's.
+    """
 
     lr: float
     beta1: float
@@ -221,6 +242,7 @@ class OptimConfig:
     final_lr_fraction: float
     gradient_clipping: float
     lr_decay: Literal["cosine", "linear"] = "cosine"
+    implementation: Literal["auto", "torch", "deepspeed_fused", "apex"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ the checks on all others standing.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from dynmoe_ds.config.schema import (
     LlamaModelConfig,
     LlavaDataConfig,
     LlavaModelConfig,
+    MegatronIndexedConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -205,7 +207,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
     match data:
-        case TextDataConfig() | TokenShardsConfig():
+        case TextDataConfig() | TokenShardsConfig() | MegatronIndexedConfig():
             wanted = "llama"
         case GlueDataConfig():
             wanted = "bert_classifier"
@@ -308,6 +310,23 @@ def _token_shards(data: TokenShardsConfig) -> Iterator[str]:
         yield from _at_least("data", data, 1, "held_out_windows")
 
 
+def _megatron_indexed(data: MegatronIndexedConfig) -> Iterator[str]:
+    yield from _at_least("data", data, 2, "sequence_length")
+    if not data.paths:
+        yield "data.paths is empty. Name what `dynmoe data index` wrote, as in 'data.paths=[corpus/books]'."
+    if data.tokenizer is None:
+        yield "data.tokenizer is null. Name the folder of the tokenizer that made the data, or its tokenizer.json."
+    if data.weights and len(data.weights) != len(data.paths):
+        yield (
+            f"data.weights has {len(data.weights)} numbers but data.paths {len(data.paths)} data sets. Give one weight "
+            "for each, or data.weights=[]."
+        )
+    if odd := [weight for weight in data.weights if not 0 < weight < math.inf]:
+        yield f"data.weights has {odd[0]} but every weight must be above 0. Leave out the data set that is not wanted."
+    if not 0 < data.held_out_fraction < 1:
+        yield f"data.held_out_fraction is {data.held_out_fraction} but must be between 0 and 1."
+
+
 def _glue(data: GlueDataConfig) -> Iterator[str]:
     yield from _at_least("data", data, 2, "sequence_length")
     yield from _at_least("data", data, 1, "num_train")
@@ -368,6 +387,8 @@ def _data(data: DataConfig) -> Iterator[str]:
             yield from _text(data)
         case TokenShardsConfig():
             yield from _token_shards(data)
+        case MegatronIndexedConfig():
+            yield from _megatron_indexed(data)
 
 
 def _data_files(data: DataConfig) -> Iterator[str]:
@@ -388,6 +409,15 @@ def _data_files(data: DataConfig) -> Iterator[str]:
                 f"data.path is {path!r}, which has no {SHARD_INDEX_FILE} here ({Path.cwd()}). Correct the path, or "
                 "write the folder with `dynmoe tokenize`."
             )
+        case MegatronIndexedConfig():
+            names = [f"{path}{ending}" for path in data.paths for ending in (".idx", ".bin")]
+            if missing := [name for name in names if not Path(name).is_file()]:
+                yield (
+                    f"data.paths needs {', '.join(missing)}, which cannot be found here ({Path.cwd()}). Name data sets "
+                    "without .bin and .idx, or write them with `dynmoe data index`."
+                )
+            if data.tokenizer is not None and not Path(data.tokenizer).exists():
+                yield f"data.tokenizer is {data.tokenizer!r}, which does not exist here ({Path.cwd()}). Correct it."
 
 
 def _optim(optim: OptimConfig) -> Iterator[str]:

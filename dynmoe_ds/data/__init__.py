@@ -6,6 +6,7 @@ from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
 from dynmoe_ds.data.image_statistics import ImageStatistics, read_image_statistics
 from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
 from dynmoe_ds.data.loading import BatchLoader
+from dynmoe_ds.data.megatron_indexed import BlendedWindows, MegatronIndexedData, load_megatron_indexed
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 from dynmoe_ds.data.processor import llava_processor, save_processor
@@ -19,6 +20,7 @@ from dynmoe_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, save_tokenizer
 __all__ = [
     "END_OF_TEXT",
     "BatchLoader",
+    "BlendedWindows",
     "ConversationData",
     "ConversationExamples",
     "Examples",
@@ -28,6 +30,7 @@ __all__ = [
     "ImageFolderData",
     "ImageInput",
     "ImageStatistics",
+    "MegatronIndexedData",
     "TextData",
     "TokenSequences",
     "TokenShardData",
@@ -39,6 +42,7 @@ __all__ = [
     "load_conversations",
     "load_glue_data",
     "load_image_folder",
+    "load_megatron_indexed",
     "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dynmoe_ds.config.schema import TokenShardsConfig
+from dynmoe_ds.data.faults import raise_faults_of_all_ranks
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.shard_index import DTYPES, INDEX_FILE, TOKENIZER_FILE, WRITE_AGAIN, Shard, ShardIndex, read_index
 from dynmoe_ds.data.tokenizer import read_tokenizer
@@ -23,7 +24,6 @@ from dynmoe_ds.errors import DataError
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_READ = 2**22
-MAX_FAULTS_TOLD = 10
 
 
 class TokenWindows:
@@ -93,7 +93,7 @@ def load_token_shards(config: TokenShardsConfig) -> TokenShardData:
     folder = Path(config.path)
     index, tokenizer_json = from_rank_zero(lambda: _read_descriptions(folder))
     arrays, faults = _map_shards(folder, index)
-    _raise_everywhere(faults)
+    raise_faults_of_all_ranks(faults)
     _check_content(folder, index, arrays)
     train, held_out = _split(config, folder, index, arrays)
     return TokenShardData(
@@ -157,7 +157,7 @@ def _check_content(folder: Path, index: ShardIndex, arrays: Sequence[np.ndarray]
     for first in range(0, len(arrays), world_size):
         mine = first + rank
         faults = [] if mine >= len(arrays) else _content_faults(folder, index, index.shards[mine], arrays[mine])
-        _raise_everywhere(faults)
+        raise_faults_of_all_ranks(faults)
 
 
 def _content_faults(folder: Path, index: ShardIndex, shard: Shard, tokens: np.ndarray) -> list[str]:
@@ -175,20 +175,6 @@ def _content_faults(folder: Path, index: ShardIndex, shard: Shard, tokens: np.nd
     if digest.hexdigest() != shard.sha256:
         return [f"{folder / shard.file} is not the file whose sha256 is in {INDEX_FILE}. Copy or write it again."]
     return []
-
-
-def _raise_everywhere(faults: list[str]) -> None:
-    """Raise the faults of all ranks on every rank.
-
-    Collective: every rank of the default group. Raises: DataError.
-    """
-    everyone: list[list[str]] = [faults]
-    if dist.is_initialized():
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, faults)
-    if found := list(dict.fromkeys(fault for of_rank in everyone for fault in of_rank)):
-        more = len(found) - MAX_FAULTS_TOLD
-        raise DataError("\n".join(found[:MAX_FAULTS_TOLD] + ([f"And {more} more."] if more > 0 else [])))
 
 
 def _split(

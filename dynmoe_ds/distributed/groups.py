@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dynmoe_ds.distributed.layout import current_layout
 
 # A registry per default group: process groups are scarce and every layer of one size shares them.
-_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int], dist.ProcessGroup]] = WeakKeyDictionary()
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int, int], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def group_timeout() -> timedelta:
@@ -25,29 +25,29 @@ def group_timeout() -> timedelta:
     return timeout
 
 
-def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
-    """This rank's group of `ep_size` neighbouring ranks.
+def expert_parallel_group(ep_size: int, tp_size: int = 1) -> dist.ProcessGroup:
+    """This rank's group of `ep_size` ranks, as `Layout` says.
 
     Collective: every rank, at the first call for a size. Raises: ConfigError if `ep_size` does not divide the ranks.
     """
-    layout = current_layout(ep_size)
-    return _group_of_this_rank(("expert-parallel", ep_size, ep_size), layout.ep_groups())
+    layout = current_layout(ep_size, tp_size)
+    return _group_of_this_rank(("expert-parallel", ep_size, ep_size, tp_size), layout.ep_groups())
 
 
-def node_groups(ep_size: int, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def node_groups(ep_size: int, ranks_per_node: int, tp_size: int = 1) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """This rank's expert-parallel group once more, as one between nodes and one within this node.
 
     The first has the ranks of the group that hold this one's position in their nodes, by node; the second those of its
-    node. ranks_per_node: divides `ep_size`. Collective: every rank, at the first call for the sizes.
+    node. ranks_per_node: of the group; divides `ep_size`. Collective: every rank, at the first call for the sizes.
     """
-    layout = current_layout(ep_size)
+    layout = current_layout(ep_size, tp_size)
     between = [ranks[i::ranks_per_node] for ranks in layout.ep_groups() for i in range(ranks_per_node)]
     within = [ranks[i : i + ranks_per_node] for ranks in layout.ep_groups() for i in range(0, ep_size, ranks_per_node)]
-    sizes = (ep_size, ranks_per_node)
+    sizes = (ep_size, ranks_per_node, tp_size)
     return _group_of_this_rank(("between nodes", *sizes), between), _group_of_this_rank(("in a node", *sizes), within)
 
 
-def _group_of_this_rank(key: tuple[str, int, int], groups: list[list[int]]) -> dist.ProcessGroup:
+def _group_of_this_rank(key: tuple[str, int, int, int], groups: list[list[int]]) -> dist.ProcessGroup:
     """This rank's one of the groups, which are made at the first call for a key, by every rank."""
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"

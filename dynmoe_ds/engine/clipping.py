@@ -12,17 +12,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_ds.engine.seam import group_name
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import MoELayer, is_shard
+
+_SHARDS = "tensor-parallel shards"
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, layers: Iterable[MoELayer], max_norm: float) -> Tensor:
+def clip_gradients(
+    model: nn.Module, layers: Iterable[MoELayer], max_norm: float, tp_group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Scale reduced gradients in place so that their global 2-norm is at most `max_norm` (0: only measure); the norm.
 
-    Each expert counts once, whatever the layout. Collective: every expert-parallel group.
+    Each expert counts once, whatever the layout, and so does each shard of a tensor-parallel parameter.
+    Collective: every expert-parallel group, and the tensor-parallel group.
     """
-    groups = {group_name(layer.ep_size): layer.ep_group for layer in layers}
-    grads = [(getattr(p, "group_name", None), p.grad) for p in model.parameters() if p.grad is not None]
+    groups = {group_name(layer.ep_size): layer.ep_group for layer in layers} | {_SHARDS: tp_group}
+    grads = [(_owner(p), p.grad) for p in model.parameters() if p.grad is not None]
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for name in (None, *sorted(groups)):
@@ -37,3 +42,8 @@ def clip_gradients(model: nn.Module, layers: Iterable[MoELayer], max_norm: float
         for _, grad in grads:
             grad.mul_(scale)
     return norm
+
+
+def _owner(param: nn.Parameter) -> str | None:
+    """Whose group has the other parts of a parameter; None for one that every rank has whole."""
+    return _SHARDS if is_shard(param) else getattr(param, "group_name", None)

@@ -32,6 +32,7 @@ class Construction:
     """How the DeepSpeed engine of a model is made: as often as the sizes of its pools change.
 
     groups: the optimiser's, of parameters that require a gradient. settings: DeepSpeed's configuration.
+    mpu: as for `deepspeed.initialize`.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Construction:
         groups: list[dict[str, Any]],
         optimizer: Any,
         lr_scheduler: Any,
+        mpu: Any = None,
     ) -> None:
+        self.mpu = mpu
         self._model, self._layers, self._settings = model, layers, settings
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.stage = int((settings.get("zero_optimization") or {}).get("stage", 0))
@@ -57,7 +60,7 @@ class Construction:
 
     def build(self) -> Any:
         """DeepSpeed's engine of the model as it is now. Collective: every rank."""
-        seam.attach(self._layers.values(), self.stage)
+        seam.attach(self._layers.values(), self.stage, self.mpu)
         params = dict(self._model.named_parameters())
         groups = _of_params(self._groups, params)
         splits = bool(self._layers) and self.stage < 3
@@ -78,6 +81,7 @@ class Construction:
             optimizer=self._optimizer,
             lr_scheduler=self._lr_scheduler,
             config=copy.deepcopy(dict(self._settings)),
+            mpu=self.mpu,
         )
         if self.stage == 3:
             seam.check_partitioning(self._layers.values())

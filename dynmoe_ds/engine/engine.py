@@ -37,6 +37,7 @@ from dynmoe_ds.engine.non_finite import (
 )
 from dynmoe_ds.engine.random_state import restore_rng, rng_state
 from dynmoe_ds.engine.snapshot import COUNTERS, restore, restore_own, take_snapshot
+from dynmoe_ds.engine.tensor_parallel import tp_size_of
 from dynmoe_ds.errors import CheckpointError, DivergenceError, NonFiniteError, PlacementError, RoutingError
 from dynmoe_ds.moe import (
     LayerTraffic,
@@ -192,6 +193,7 @@ class Engine:
         every rank, before anything is changed.
         """
         self._check_between_steps("The pools were to be resized")
+        self._check_no_shards("Pools of another size do")
         wanted = dict.fromkeys(self._layers, num_slots) if isinstance(num_slots, int) else dict(num_slots)
         assert_same_on_all_ranks("the sizes of the pools", wanted)
         for name, count in wanted.items():
@@ -357,6 +359,7 @@ class Engine:
         if it cannot be written; training can go on.
         """
         self._check_between_steps("A checkpoint was asked for")
+        self._check_no_shards("Checkpoints do")
         writer = self._writer
         self._wait_for_earlier(writer)
         attempt_together(self.masters.check_states, writer.group)
@@ -384,6 +387,7 @@ class Engine:
         pools that are too small.
         """
         self._check_between_steps("A checkpoint was asked for")
+        self._check_no_shards("Checkpoints do")
         writer = self._writer
         self._wait_for_earlier(writer)
         checkpoint = attempt_together(
@@ -429,6 +433,17 @@ class Engine:
                 "the end of gradient accumulation, and before the next forward pass."
             )
 
+    def _check_no_shards(self, what: str) -> None:
+        """Raises: CheckpointError with tensor parallelism, where one rank's shard would be taken for the parameter."""
+        if tp_size_of(self._construction.mpu) > 1:
+            raise CheckpointError(
+                f"{what} not work with tensor parallelism yet: a shard of a parameter would be taken for the whole."
+            )
+
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        mpu = self._construction.mpu
+        return None if mpu is None else mpu.get_model_parallel_group()
+
     def _new_ledger(self) -> StepLedger:
         """A ledger for the forward passes until `backward`, which also notes what the rule will ask about this step."""
         wanted = self.adaptation.wanted_of(self.global_steps + 1)
@@ -454,7 +469,7 @@ class Engine:
         """
         norm = None
         if self.zero_stage == 0:
-            norm = clip_gradients(self.module, self._layers.values(), self._clipping)
+            norm = clip_gradients(self.module, self._layers.values(), self._clipping, self._tp_group())
         step, counters = self.global_steps + 1, self._counters()
         found = self._watch.take(step, self.module, self.records.of_step, norm)
         if found is not None:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
 from dynmoe_ds.dispatch import DispatchConfig
 from dynmoe_ds.distributed import assert_same_on_all_ranks, ep_size_fault, raise_together
 from dynmoe_ds.engine import seam
+from dynmoe_ds.engine.adam import AdamImplementation, choose_adam, optimizer_faults
 from dynmoe_ds.engine.construction import Construction
 from dynmoe_ds.engine.engine import Engine
 from dynmoe_ds.engine.non_finite import OnNonFinite
+from dynmoe_ds.engine.tensor_parallel import agree_on_replicas, tensor_parallel_faults, tp_size_of
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.moe import MoELayer, PaddingMask
 
@@ -38,6 +39,8 @@ def initialize(
     token_kinds: Sequence[str] = (),
     on_non_finite: OnNonFinite = "stop",
     dispatch: DispatchConfig | None = None,
+    mpu: Any = None,
+    adam: AdamImplementation | None = None,
 ) -> Engine:
     """An engine that trains `model` under DeepSpeed, with experts that grow and are pruned if `adaptation` is given.
 
@@ -47,7 +50,10 @@ def initialize(
     where torch.distributed is not initialised yet. token_kinds: names of the kinds of tokens that a batch may tell
     apart; `engine(..., token_kinds=tensor)` counts tokens and experts of each. on_non_finite: what `engine.step` does
     about NaN or infinity on any rank: `stop` raises NonFiniteError on all, `skip_step` leaves that update out.
-    dispatch: how rows travel between ranks, in every layer; None leaves each layer's own.
+    dispatch: how rows travel between ranks, in every layer; None leaves each layer's own. mpu: the tensor-parallel
+    groups, as in `deepspeed.initialize`, for layers that were built with their `tp_group`; for megatron-core
+    `dynmoe_ds.integrations.megatron.MegatronGroups`. Checkpoints and pools of another size do not work with it yet.
+    adam: which implementation of Adam updates the weights (`choose_adam`); None for what the configuration says.
 
     Differs from DeepSpeed: gradients are not clipped unless `gradient_clipping` says so (DeepSpeed clips to 1.0), and
     on a CPU Adam is torch's, which needs no compiler.
@@ -60,15 +66,21 @@ def initialize(
     error: Exception | None = None
     settings: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
+    make_optimizer = None
     try:
         settings = _read_config(config)
         groups = _param_groups(model, model_parameters)
         if faults := [
-            *_faults(settings, layers, adaptation),
+            *_faults(settings, layers, adaptation, tp_size_of(mpu)),
             *_kind_faults(token_kinds),
             *_policy_faults(on_non_finite),
             *_dispatch_faults(dispatch, layers),
+            *tensor_parallel_faults(mpu, layers),
         ]:
+            error = ConfigError(faults)
+        elif optimizer is None:
+            make_optimizer = choose_adam(settings, adam)
+        elif faults := optimizer_faults(optimizer, adam, _stage(settings)):
             error = ConfigError(faults)
     except Exception as e:  # whatever it is, the other ranks must not wait for this one
         error = e
@@ -83,12 +95,13 @@ def initialize(
     settings["gradient_clipping"] = clipping
     if stage == 0:
         settings["gradient_clipping"] = 0.0  # the engine clips by itself: see engine/clipping.py
-    _choose_adam(settings)
     for name, layer in layers.items():
         layer.name = name
         layer.dispatch = dispatch or layer.dispatch
     _share_seeds(layers)
-    construction = Construction(model, layers, settings, groups, optimizer, lr_scheduler)
+    if tp_size_of(mpu) > 1:
+        agree_on_replicas(model, layers, mpu.get_model_parallel_group())
+    construction = Construction(model, layers, settings, groups, optimizer or make_optimizer, lr_scheduler, mpu)
     padding = _watch_padding(model, layers)
     return Engine(construction, layers, adaptation, padding, clipping, tuple(token_kinds), on_non_finite)
 
@@ -126,7 +139,7 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _faults(
-    settings: Mapping[str, Any], layers: Mapping[str, MoELayer], adaptation: AdaptationConfig | None
+    settings: Mapping[str, Any], layers: Mapping[str, MoELayer], adaptation: AdaptationConfig | None, tp_size: int
 ) -> list[str]:
     zero = _section(settings, "zero_optimization")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
@@ -153,13 +166,15 @@ def _faults(
     if _stage(settings) == 0 and is_bf16 and accumulate == "fp32":
         found.append("data_types.grad_accum_dtype is fp32, which DeepSpeed cannot do in bf16 at ZeRO-0. Use ZeRO-1.")
     found += _frozen_faults(layers, _stage(settings), adaptation)
-    world_size = dist.get_world_size()
+    world_size = dist.get_world_size() // tp_size
     for name, layer in layers.items():
         if fault := ep_size_fault(layer.ep_size, world_size):
             found.append(f"{name}: {fault}")
     if adaptation is not None:
         if not layers:
             found.append("adaptation is given but the model has no MoELayer.")
+        if tp_size > 1 and adaptation.pool == "elastic":
+            found.append("adaptation.pool is elastic, which does not work with tensor parallelism yet. Use fixed.")
         by_layer = [rule_fault(adaptation, layer.router.config) for layer in layers.values()]
         found += dict.fromkeys(fault for fault in by_layer if fault is not None)
     return found
@@ -223,21 +238,6 @@ def _fingerprint(
         "sha256": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
     }
     return values
-
-
-def _choose_adam(settings: dict[str, Any]) -> None:
-    """Torch's Adam on a CPU, where DeepSpeed's must be compiled; torch's in its fused form, unless `foreach` is set.
-
-    The fused form reads and writes every number once and keeps nothing beside them; the others take 20 passes.
-    """
-    optimizer = settings.get("optimizer", {})
-    if optimizer.get("type", "").lower() not in ("adam", "adamw"):
-        return
-    params = optimizer.setdefault("params", {})
-    if get_accelerator().device_name() == "cpu":
-        params.setdefault("torch_adam", True)
-    if params.get("torch_adam") and "foreach" not in params:
-        params.setdefault("fused", True)
 
 
 def _share_seeds(layers: Mapping[str, MoELayer]) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_ds.adaptation.surgery import WEIGHT, State, full_shape
+from dynmoe_ds.engine.adam import is_apexs
 from dynmoe_ds.engine.seam import sharing_group
 from dynmoe_ds.errors import CheckpointError, SurgeryError
 
@@ -89,7 +90,15 @@ class EngineMasters:
                 self._basic.state.pop(key, None)
             elif not self._basic.state.get(key):
                 zeros = {name: torch.zeros_like(key.data) for name in names}
-                self._basic.state[key] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+                self._basic.state[key] = {**self._new_step(key), **zeros}
+
+    def _new_step(self, key: Tensor) -> dict[str, Any]:
+        """What counts a master's updates: apex does it in the group, and fused kernels want whole numbers."""
+        if is_apexs(self._basic):
+            self._group_of(key).setdefault("step", 0)
+            return {}
+        is_deepspeeds = type(self._basic).__module__.startswith("deepspeed.")
+        return {"step": 0 if is_deepspeeds else torch.zeros((), dtype=torch.float32)}
 
     def step_of(self, param: nn.Parameter) -> float | None:
         """The number of updates that a parameter has had; None where this rank does not know, or nothing counts."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 from dynmoe_ds.adaptation import RecordingWindow, add_records
-from dynmoe_ds.engine import seam
 from dynmoe_ds.moe import MoELayer, Placement, per_slot_statistics, renumbered
 from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords
@@ -57,7 +56,7 @@ class RecordBook:
             self.window.add(step, records)
 
     def reduce(self, records: Records, layers: Mapping[str, MoELayer] | None = None) -> Records:
-        """Records of `layers` (default: all) summed over all data-parallel ranks, in one collective.
+        """Records of `layers` (default: all) summed over all ranks, in one collective.
 
         Every layer takes part, also one without records here, so that all ranks send the same. Collective: every rank.
         """
@@ -68,7 +67,7 @@ class RecordBook:
             return {}
         flat = pack(everything)
         if dist.get_world_size() > 1:
-            dist.all_reduce(flat, group=seam.data_parallel_group())
+            dist.all_reduce(flat)  # ranks with the same tokens have counted a share each
         return unpack(flat, everything)
 
     def close(self) -> None:

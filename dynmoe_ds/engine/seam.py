@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -21,7 +22,8 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups
 from torch import nn
 
-from dynmoe_ds.distributed import group_timeout
+from dynmoe_ds.distributed import attempt_together, current_layout, group_timeout
+from dynmoe_ds.engine.tensor_parallel import check_expert_groups
 from dynmoe_ds.moe import MoELayer
 
 _MARKER = "_deepspeed_marker"
@@ -63,27 +65,39 @@ def init_distributed(timeout_s: float) -> None:
     deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=group_timeout())
 
 
+def runs_on_gpu() -> bool:
+    """Whether DeepSpeed trains on GPUs in this process."""
+    return bool(get_accelerator().device_name() != "cpu")
+
+
 def _free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
 
 
-def attach(layers: Iterable[MoELayer], zero_stage: int) -> None:
+def attach(layers: Iterable[MoELayer], zero_stage: int, mpu: Any = None) -> None:
     """Give each layer its process groups and its parameters the marks that ZeRO needs.
 
-    Collective: every rank.
+    mpu: as for `deepspeed.initialize`. Collective: every rank. Raises: ConfigError where others have made groups of
+    another layout.
     """
     for layer in layers:
         name = group_name(layer.ep_size)
         if name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(layer.ep_size)
-        layer.ep_group = groups._get_expert_parallel_group(name) if layer.ep_size > 1 else None
+            if mpu is None:
+                groups._create_expert_and_data_parallel(layer.ep_size)
+            else:
+                groups._create_expert_data_and_model_parallel(layer.ep_size, mpu)
+        ep_group, edp_group = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+        layout = current_layout(layer.ep_size, layer.tp_size)
+        attempt_together(partial(check_expert_groups, layout, ep_group, edp_group))
+        layer.sum_gradients()  # of new parameters, where a pool has changed its size
+        layer.ep_group = ep_group if layer.ep_size > 1 else None
         if layer.ep_size > 1:
             layer.dispatch_groups()  # made now, while all ranks are here
-        ep_rank = dist.get_rank(groups._get_expert_parallel_group(name))
+        ep_rank = dist.get_rank(ep_group)
         assert layer.local_slots.start == ep_rank * len(layer.local_slots), (layer.local_slots, ep_rank)
-        edp_group = groups._get_expert_data_parallel_group(name)
         for param in layer.experts.parameters():
             # DeepSpeed: averaged over the expert-data-parallel group, not over all ranks; also with ep_size 1.
             param.allreduce = False  # type: ignore[attr-defined]
@@ -122,11 +136,6 @@ def group_name(ep_size: int) -> str:
 def expert_data_parallel_group(ep_size: int) -> dist.ProcessGroup:
     """The ranks that hold the same slots as this one."""
     return groups._get_expert_data_parallel_group(group_name(ep_size))
-
-
-def data_parallel_group() -> dist.ProcessGroup:
-    """All ranks that see different data."""
-    return groups._get_data_parallel_group()
 
 
 def sharing_group(param: torch.nn.Parameter) -> dist.ProcessGroup:

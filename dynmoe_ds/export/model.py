@@ -105,6 +105,11 @@ def describe_model(module: nn.Module) -> Manifest:
                 f"{name} has ep_size {layer.ep_size} but torch.distributed is not initialised, so that the experts of "
                 "the other ranks cannot be gathered. Call dynmoe_ds.initialize first."
             )
+        if layer.tp_size > 1:
+            raise CheckpointError(
+                f"{name} is in a model with tensor parallelism, which cannot be saved yet: a shard of a parameter "
+                "would be taken for the whole."
+            )
     config = json.loads(module.config.to_json_string(use_diff=False)) if isinstance(module, PreTrainedModel) else None
     return Manifest(
         model_class=type(module).__name__,

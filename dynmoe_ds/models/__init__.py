@@ -4,6 +4,7 @@ from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, v
 from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, shared_expert
 from dynmoe_ds.models.dense import dense_model, empty_model
 from dynmoe_ds.models.flops import FlopCount, count_flops
+from dynmoe_ds.models.fused_norms import fuse_norms
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
 from dynmoe_ds.models.vision_language import (
     PACKABLE,
@@ -33,6 +34,7 @@ __all__ = [
     "dense_model",
     "empty_model",
     "finish_vision_language",
+    "fuse_norms",
     "llava_backbone",
     "parameter_groups",
     "see_images_in_vain",

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
+from dynmoe_ds.config.schema import LanguageDataConfig, LlamaModelConfig, RunConfig
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
 from dynmoe_ds.models.dense import dense_model
 from dynmoe_ds.models.random_weights import seeded_weights
@@ -22,7 +22,7 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
     """
     sizes, data = config.model, config.data
     assert isinstance(sizes, LlamaModelConfig), f"build_decoder was given {type(sizes).__name__}"
-    assert isinstance(data, TextDataConfig | TokenShardsConfig), f"build_decoder was given {type(data).__name__}"
+    assert isinstance(data, LanguageDataConfig), f"build_decoder was given {type(data).__name__}"
     llama = decoder_backbone(sizes, vocab_size, eos_token_id, data.sequence_length)
     model = dense_model(LlamaForCausalLM, llama, config.seed)
     for index in sizes.moe_layers():

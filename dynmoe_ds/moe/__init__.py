@@ -9,6 +9,7 @@ from dynmoe_ds.moe.placement import Placement
 from dynmoe_ds.moe.renumbering import per_slot_statistics, renumbered
 from dynmoe_ds.moe.seeds import layer_seed
 from dynmoe_ds.moe.token_sampler import TokenSampler
+from dynmoe_ds.moe.token_shares import is_shard, neighbours_fault
 from dynmoe_ds.moe.upcycle import upcycle
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "TokenSampler",
     "labelled",
     "layer_faults",
+    "is_shard",
+    "neighbours_fault",
     "per_slot_statistics",
     "renumbered",
     "layer_seed",

@@ -16,6 +16,7 @@ from dynmoe_ds.experts import build_experts, seeded_generator
 from dynmoe_ds.moe.ledger import recording_ledger
 from dynmoe_ds.moe.padding import PaddingMask
 from dynmoe_ds.moe.placement import Placement
+from dynmoe_ds.moe.token_shares import TokenShares
 from dynmoe_ds.routing import RouterConfig, Routing, build_router
 from dynmoe_kernels import KernelChoiceError, chosen_kernels
 
@@ -31,7 +32,9 @@ class MoELayer(nn.Module):
     or `quick_gelu`. seed: initial weights are a function of it and of the expert's id alone, whatever the layout; None
     draws one from torch's default generator, so that `torch.manual_seed` governs it. shared: a module [T, D] -> [T, D]
     that every token passes beside its experts, such as a shared expert or the dense MLP (a residual FFN); its output is
-    added, and it runs while rows travel. dispatch: how rows travel between ranks.
+    added, and it runs while rows travel. dispatch: how rows travel between ranks. tp_group: neighbouring ranks that
+    call the layer with the same tokens, as those of a tensor-parallel group do; each routes a share of them, and
+    `ep_size` counts ranks with different tokens.
 
     Parameters: `router.weight` [S, D] and the router's others; `experts.w1` [s, F, D] and so on for this rank's slots.
     `active` [S] bool: the live slots, equal on all ranks.
@@ -59,6 +62,7 @@ class MoELayer(nn.Module):
         seed: int | None = None,
         shared: nn.Module | None = None,
         dispatch: DispatchConfig | None = None,
+        tp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if faults := layer_faults(num_experts=num_experts, num_slots=num_slots, ep_size=ep_size):
@@ -75,7 +79,8 @@ class MoELayer(nn.Module):
         self.padding: PaddingMask | None = None
         self.dispatch = DispatchConfig() if dispatch is None else dispatch
         self.shared = shared
-        self.local_slots = current_layout(ep_size).local_slots(num_slots)
+        self.token_shares = None if tp_group is None or dist.get_world_size(tp_group) == 1 else TokenShares(tp_group)
+        self.local_slots = current_layout(ep_size, self.tp_size).local_slots(num_slots)
 
         self.experts = build_experts(expert, len(self.local_slots), hidden_size, ffn_hidden_size)
         self.router = build_router(router, hidden_size, num_slots)
@@ -90,6 +95,17 @@ class MoELayer(nn.Module):
         self.register_buffer("next_expert_id", torch.tensor(0))
         self.placement = Placement.initial(num_experts, num_slots, ep_size)
         self._fill_live_slots()
+        self.sum_gradients()
+
+    @property
+    def tp_size(self) -> int:
+        """How many ranks hold the same tokens."""
+        return 1 if self.token_shares is None else self.token_shares.size
+
+    def sum_gradients(self) -> None:
+        """Sum the gradients of the parameters as they are now over the ranks that share out their tokens."""
+        if self.token_shares is not None:
+            self.token_shares.sum_gradients(self)
 
     @property
     def dispatch(self) -> DispatchConfig:
@@ -109,7 +125,7 @@ class MoELayer(nn.Module):
         """
         ranks_per_node = self.dispatch.ranks_per_node
         if ranks_per_node is not None and 1 < ranks_per_node < self.ep_size:
-            return node_groups(self.ep_size, ranks_per_node)
+            return node_groups(self.ep_size, ranks_per_node, self.tp_size)
         assert self.ep_group is not None
         return (self.ep_group,)
 
@@ -144,6 +160,9 @@ class MoELayer(nn.Module):
         real = self._real_tokens(x, token_mask)
         if real is not None:
             hidden = torch.where(real[:, None], hidden, 0.0)  # padding may hold anything, and 0 x NaN is NaN
+        num_tokens = len(hidden)
+        if self.token_shares is not None:
+            hidden, real = self.token_shares.take(hidden, real)
         routing = self.router(hidden, self.active, real)
         ledger = recording_ledger(self)
         if ledger is not None:
@@ -155,10 +174,10 @@ class MoELayer(nn.Module):
             y = self._run_experts(hidden.to(dtype), routing, beside, traffic)
             if routing.passed_through is not None:
                 y = y + (routing.passed_through[:, None] * hidden).to(y.dtype)
-        y = y.to(x.dtype).view(x.shape)
+        y = y.to(x.dtype)
         if ledger is not None:
             ledger.add_output(self, routing, y)
-        return y
+        return (y if self.token_shares is None else self.token_shares.join(y, num_tokens)).view(x.shape)
 
     def renew_pool(self, placement: Placement) -> None:
         """Another pool, of any size: router and experts of zeros for it, of the same dtype on the same device.
@@ -167,12 +186,13 @@ class MoELayer(nn.Module):
         """
         num_slots = placement.num_slots
         dtype, device = self.router.weight.dtype, self.router.weight.device
-        self.local_slots = current_layout(self.ep_size).local_slots(num_slots)
+        self.local_slots = current_layout(self.ep_size, self.tp_size).local_slots(num_slots)
         experts = build_experts(self.expert_kind, len(self.local_slots), self.hidden_size, self.ffn_hidden_size)
         router = build_router(self.router.config, self.hidden_size, num_slots)
         _become(self.experts, experts.to(device=device, dtype=dtype))
         _become(self.router, router.to(device=device, dtype=dtype))
         self.num_slots = num_slots
+        self.sum_gradients()
         self.active = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self.expert_ids = torch.full((num_slots,), -1, device=device)
         self.placement = placement
@@ -247,7 +267,7 @@ class MoELayer(nn.Module):
                 f"ep_size is {self.ep_size} but torch.distributed is not initialised. Call dynmoe_ds.initialize or "
                 "torch.distributed.init_process_group first."
             )
-        return expert_parallel_group(self.ep_size)
+        return expert_parallel_group(self.ep_size, self.tp_size)
 
     @torch.no_grad()
     def _fill_live_slots(self) -> None:

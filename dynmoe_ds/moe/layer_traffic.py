@@ -23,9 +23,9 @@ class LayerTraffic:
     sent: Traffic = field(default_factory=Traffic)
     least_row_bytes: int | Tensor = 0
 
-    def expect(self, mask: Tensor, ep_size: int, row_bytes: int) -> None:
-        """Count the rows [D] of `row_bytes` that mask [T, S] asks for; neighbouring ranks are a group."""
-        own = dist.get_rank() % ep_size
+    def expect(self, mask: Tensor, ep_size: int, row_bytes: int, tp_size: int = 1) -> None:
+        """Count the rows [D] of `row_bytes` that mask [T, S] asks for, in groups as `Layout` says."""
+        own = dist.get_rank() // tp_size % ep_size
         by_rank = mask.view(len(mask), ep_size, mask.shape[1] // ep_size).any(2)
         num_rows = by_rank.sum() - by_rank[:, own].sum()
         directions = 4 if torch.is_grad_enabled() else 2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynmoe_ds.distributed import Traffic
 from dynmoe_ds.errors import RoutingError
-from dynmoe_ds.moe.labels import counted_part, current_labels
+from dynmoe_ds.moe.labels import TokenLabels, counted_part, current_labels
 from dynmoe_ds.moe.layer_traffic import LayerTraffic
 from dynmoe_ds.routing import Routing, RoutingRecords
 from dynmoe_ds.routing.token_kinds import count_kinds
@@ -116,10 +116,13 @@ class StepLedger:
         weights = layer.router.aux_loss_weights()
         terms = [weights[name] * value for name, value in routing.aux_losses.items()]
         if terms and layer.training:
-            self._losses.append(torch.stack(terms).sum())
+            # Of one of tp_size ranks that hold the same tokens: their mean, like the loss, is what counts once.
+            self._losses.append(torch.stack(terms).sum() / layer.tp_size)
             if self._watch is not None:
                 self._watch(layer, "aux_loss", self._losses[-1].detach())
         labels = current_labels()
+        if layer.tp_size > 1 and (labels != TokenLabels() or self._token_kinds is not None):
+            raise RoutingError("Kinds of tokens cannot be counted yet where ranks share out their tokens (tp_group).")
         if labels.is_counted is not None:
             routing, real = counted_part(routing, real, labels.is_counted)
         kinds = self._token_kinds if labels.kinds is None else labels.kinds
@@ -136,7 +139,7 @@ class StepLedger:
         if layer not in self._traffic:
             self._traffic[layer] = LayerTraffic()
         traffic = self._traffic[layer]
-        traffic.expect(mask, layer.ep_size, layer.hidden_size * dtype.itemsize)
+        traffic.expect(mask, layer.ep_size, layer.hidden_size * dtype.itemsize, layer.tp_size)
         return traffic.sent
 
     def add_output(self, layer: MoELayer, routing: Routing, y: Tensor) -> None:

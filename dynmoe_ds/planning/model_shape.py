@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from dynmoe_ds.config.schema import LlamaModelConfig, RunConfig, TextDataConfig, TokenShardsConfig
+from dynmoe_ds.config.schema import (
+    LanguageDataConfig,
+    LlamaModelConfig,
+    MegatronIndexedConfig,
+    RunConfig,
+    TextDataConfig,
+)
+from dynmoe_ds.data.megatron_indexed import read_vocabulary
 from dynmoe_ds.data.shard_index import read_index
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.experts import GatedExperts, build_experts
@@ -71,10 +78,10 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
     """The shape of a run's model. mean_k: None for what the router says.
 
     Raises: ConfigError for a model that is no decoder, a mean k that is not known or impossible; DataError for token
-    shards without an index.
+    shards without an index and a tokenizer that cannot be read.
     """
     sizes, data = config.model, config.data
-    if not isinstance(sizes, LlamaModelConfig) or not isinstance(data, TextDataConfig | TokenShardsConfig):
+    if not isinstance(sizes, LlamaModelConfig) or not isinstance(data, LanguageDataConfig):
         raise ConfigError(
             f"model.name is {sizes.name}, but only decoders (model.name llama) can be planned: the activations of "
             "other models are not counted yet."
@@ -82,6 +89,8 @@ def shape_of(config: RunConfig, mean_k: float | None) -> ModelShape:
     k, is_exact = mean_k_of(config.router, sizes.num_experts, mean_k)
     if isinstance(data, TextDataConfig):
         vocab_size = data.vocab_size
+    elif isinstance(data, MegatronIndexedConfig):
+        vocab_size = read_vocabulary(data.tokenizer).size
     else:
         assert data.path is not None, "checked with the configuration"
         vocab_size = read_index(Path(data.path)).vocab_size

@@ -20,12 +20,12 @@ from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.data import BatchLoader, TrainingOrder, from_rank_zero
 from dynmoe_ds.distributed import raise_together
 from dynmoe_ds.engine import initialize
-from dynmoe_ds.engine.seam import init_distributed
+from dynmoe_ds.engine.seam import init_distributed, runs_on_gpu
 from dynmoe_ds.errors import ConfigError, DynMoEError, NonFiniteError
 from dynmoe_ds.export import save_model
 from dynmoe_ds.export.manifest import write_manifest
 from dynmoe_ds.export.model import describe_model
-from dynmoe_ds.models import count_flops, count_parameters, parameter_groups
+from dynmoe_ds.models import count_flops, count_parameters, fuse_norms, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import MODEL_FILE
 from dynmoe_ds.training.expert_loads import ExpertLoads
@@ -79,6 +79,8 @@ class Trainer:
         model = self.task.build_model()
         self.parameter_count = count_parameters(model, config.parallel.ep_size)
         self.flop_count = count_flops(model, self.task.tokens_per_example)
+        if runs_on_gpu():
+            fuse_norms(model)
         self.engine = initialize(
             model=model,
             config=to_deepspeed(config),
@@ -88,6 +90,7 @@ class Trainer:
             token_kinds=self.task.token_kinds,
             on_non_finite="skip_step" if config.training.on_non_finite == "skip_step" else "stop",
             dispatch=config.parallel.dispatch,
+            adam=config.optim.implementation,
         )
         self.loader = BatchLoader(
             self.task.train,

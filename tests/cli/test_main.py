@@ -25,7 +25,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["config"], ["tokenize"], ["inspect"], ["diff"], ["doctor"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["train"], ["config"], ["tokenize"], ["data", "index"], ["inspect"], ["diff"], ["doctor"]]
+)
 def test_every_help_has_examples_and_those_with_overrides_list_the_groups(
     verb: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,10 @@ def test_every_committed_option_composes_and_validates(group: str, option: str, 
     if option in ("token_shards", "top_p_llama"):
         (tmp_path / "index.json").write_text("{}")
         overrides.append(f"data.path={tmp_path}")
+    if option == "megatron_indexed":
+        for name in ("corpus.bin", "corpus.idx", "tokenizer.json"):
+            (tmp_path / name).write_text("")
+        overrides += [f"data.paths=[{tmp_path}/corpus]", f"data.tokenizer={tmp_path}/tokenizer.json"]
     overrides += _CLASSIFIERS.get(option, [])
     if "llava" in option or option == "demo_vl" or (group == "stage" and option != "none"):
         overrides += [*_VISION_LANGUAGE[group], "training.sample_tokens=0"]

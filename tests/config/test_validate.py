@@ -10,7 +10,7 @@ from tests.helpers.run_config import changed
 
 from dynmoe_ds.adaptation import rule_fault
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import RunConfig, TokenShardsConfig
+from dynmoe_ds.config.schema import MegatronIndexedConfig, RunConfig, TokenShardsConfig
 from dynmoe_ds.config.validate import MIN_VOCAB_SIZE, SHARD_INDEX_FILE, find_faults, find_faults_in
 from dynmoe_ds.data.shard_index import INDEX_FILE
 from dynmoe_ds.data.tokenizer import SMALLEST_VOCAB
@@ -221,6 +221,34 @@ def test_a_folder_of_shards_is_looked_for_only_where_rank_0_is(sound: RunConfig)
 def test_each_fault_of_token_shards(sound: RunConfig, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / SHARD_INDEX_FILE).write_text("{}")
     faults = find_faults(changed(sound, data=shards(changes.pop("path", str(tmp_path)), **changes)))
+    assert len(faults) == 1, faults
+    assert faults[0].startswith(message), faults[0]
+
+
+def indexed(folder: Path, **changes: Any) -> MegatronIndexedConfig:
+    values = {"paths": (f"{folder}/books",), "tokenizer": str(folder), "sequence_length": 8, "held_out_fraction": 0.1}
+    return MegatronIndexedConfig(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"paths": ()}, "data.paths is empty. Name what `dynmoe data index` wrote, as in"),
+        ({"tokenizer": None}, "data.tokenizer is null. Name the folder of the tokenizer that made the data"),
+        ({"tokenizer": "no/such"}, "data.tokenizer is 'no/such', which does not exist here ("),
+        ({"weights": (0.5, 0.5)}, "data.weights has 2 numbers but data.paths 1 data sets. Give one weight for each"),
+        ({"weights": (-0.5,)}, "data.weights has -0.5 but every weight must be above 0. Leave out"),
+        ({"weights": (float("nan"),)}, "data.weights has nan but every weight must be above 0."),
+        ({"held_out_fraction": 1.0}, "data.held_out_fraction is 1.0 but must be between 0 and 1."),
+        ({"sequence_length": 1}, "data.sequence_length is 1 but must be at least 2."),
+        ({"paths": ("no/such",)}, "data.paths needs no/such.idx, no/such.bin, which cannot be found here ("),
+    ],
+)
+def test_each_fault_of_indexed_data(sound: RunConfig, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for ending in (".idx", ".bin"):
+        (tmp_path / f"books{ending}").write_text("")
+    assert find_faults(changed(sound, data=indexed(tmp_path))) == []
+    faults = find_faults(changed(sound, data=indexed(tmp_path, **changes)))
     assert len(faults) == 1, faults
     assert faults[0].startswith(message), faults[0]
 

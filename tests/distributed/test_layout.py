@@ -10,6 +10,15 @@ def test_groups_are_neighbouring_ranks():
     assert layout.ep_rank == 1
 
 
+def test_with_tensor_parallelism_groups_stay_in_their_lane():
+    """DeepSpeed's own example for experts, model and data: 16 ranks, 2 with the same tokens, 4 sharing experts."""
+    layouts = [Layout(world_size=16, rank=rank, ep_size=4, tp_size=2) for rank in range(16)]
+    assert layouts[0].ep_groups() == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
+    assert [layout.ep_rank for layout in layouts] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    assert (layouts[5].ep_group(), layouts[5].expert_data_parallel_group()) == ([1, 3, 5, 7], [5, 13])
+    assert layouts[12].local_slots(8) == range(4, 6)
+
+
 @pytest.mark.parametrize(("rank", "slots"), [(0, range(3)), (1, range(3, 6)), (2, range(3)), (3, range(3, 6))])
 def test_slots_of_a_rank(rank, slots):
     assert Layout(world_size=4, rank=rank, ep_size=2).local_slots(6) == slots

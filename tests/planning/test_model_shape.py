@@ -11,11 +11,12 @@ import torch
 
 import dynmoe_ds as dm
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import TokenShardsConfig
+from dynmoe_ds.config.schema import MegatronIndexedConfig, TokenShardsConfig
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models import build_decoder, count_flops, count_parameters
 from dynmoe_ds.planning import mean_k_of, shape_of
 from dynmoe_ds.routing import BudgetConfig, ReluConfig, TopAnyConfig, TopKConfig, TopPConfig, router_config
+from tests.helpers.megatron import NUM_WORDS, word_tokenizer
 from tests.helpers.run_config import small_run
 
 RUN_DIR = "run_dir=runs/never-made-by-a-test"
@@ -63,6 +64,13 @@ def test_token_shards_say_their_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps(index))
     data = TokenShardsConfig(path=str(tmp_path), sequence_length=24, held_out_windows=1)
     assert shape_of(small_run(data=data), 2.0).vocab_size == 777
+
+
+def test_the_tokenizer_of_indexed_data_says_their_vocabulary(tmp_path: Path) -> None:
+    data = MegatronIndexedConfig(
+        paths=("unread",), tokenizer=word_tokenizer(tmp_path), sequence_length=24, held_out_fraction=0.1
+    )
+    assert shape_of(small_run(data=data), 2.0).vocab_size == NUM_WORDS + 1
 
 
 def test_other_models_are_refused() -> None:

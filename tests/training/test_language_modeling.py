@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.megatron import NUM_WORDS, needs_megatron, word_tokenizer, write_documents
 from tests.helpers.run_config import small_run
 from tests.helpers.shards import write_shards
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe_ds.config.schema import TokenShardsConfig
+from dynmoe_ds.config.schema import MegatronIndexedConfig, TokenShardsConfig
 from dynmoe_ds.data import train_tokenizer
 from dynmoe_ds.errors import DataError
 from dynmoe_ds.training.tasks import LanguageModeling, build_task
@@ -94,3 +95,18 @@ def test_shards_without_a_tokenizer_train_without_one(tmp_path):
 def test_a_sample_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"sample_tokens is 4, but .* has no tokenizer\.json to write text with\. Put"):
         _task(tmp_path, sample_tokens=4)
+
+
+@needs_megatron
+def test_indexed_data_of_megatron_bring_vocabulary_and_tokenizer(tmp_path):
+    tokenizer = word_tokenizer(tmp_path / "words")
+    path = write_documents(tmp_path / "corpus", [range(10, 17)] * 9 + [range(20, 27)], tokenizer)
+    data = MegatronIndexedConfig(paths=(path,), tokenizer=tokenizer, sequence_length=8, held_out_fraction=0.1)
+    task = build_task(small_run(data=data, training__sample_tokens=4, training__sample_prompt="11 12"))
+    assert (len(task.train), task.num_held_out, task.tokens_per_example) == (9, 1, 8)
+    model = task.build_model()
+    assert model.get_input_embeddings().weight.shape[0] == NUM_WORDS + 1
+    assert model.config.eos_token_id == NUM_WORDS
+    task.write_files(tmp_path)
+    kept = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    assert kept("11 12")["input_ids"] == [11, 12] and kept.eos_token_id == NUM_WORDS

@@ -4,6 +4,7 @@ from dynmoe_ds.config.schema import (
     GlueDataConfig,
     ImageFolderConfig,
     LlavaDataConfig,
+    MegatronIndexedConfig,
     RunConfig,
     TextDataConfig,
     TokenShardsConfig,
@@ -21,7 +22,7 @@ def build_task(config: RunConfig) -> Task:
     pretrained model that cannot take them.
     """
     match config.data:
-        case TextDataConfig() | TokenShardsConfig():
+        case TextDataConfig() | TokenShardsConfig() | MegatronIndexedConfig():
             return LanguageModeling(config)
         case GlueDataConfig():
             return GlueFineTuning(config)

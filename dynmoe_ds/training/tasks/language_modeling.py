@@ -6,8 +6,23 @@ from pathlib import Path
 
 from torch import nn
 
-from dynmoe_ds.config.schema import RunConfig, TextDataConfig, TokenShardsConfig
-from dynmoe_ds.data import Examples, TextData, TokenShardData, load_text_data, load_token_shards, save_tokenizer
+from dynmoe_ds.config.schema import (
+    LanguageDataConfig,
+    MegatronIndexedConfig,
+    RunConfig,
+    TextDataConfig,
+    TokenShardsConfig,
+)
+from dynmoe_ds.data import (
+    Examples,
+    MegatronIndexedData,
+    TextData,
+    TokenShardData,
+    load_megatron_indexed,
+    load_text_data,
+    load_token_shards,
+    save_tokenizer,
+)
 from dynmoe_ds.errors import DataError
 from dynmoe_ds.models import build_decoder
 from dynmoe_ds.training.engine import TrainingEngine
@@ -26,9 +41,10 @@ class LanguageModeling:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        assert isinstance(config.data, TextDataConfig | TokenShardsConfig), type(config.data).__name__
+        assert isinstance(config.data, LanguageDataConfig), type(config.data).__name__
         self.data = _load(config.data)
         if config.training.sample_tokens > 0 and self.data.tokenizer() is None:
+            assert isinstance(config.data, TokenShardsConfig), "all other data come with a tokenizer"
             raise DataError(
                 f"training.sample_tokens is {config.training.sample_tokens}, but {config.data.path} has no "
                 "tokenizer.json to write text with. Put it there, or set training.sample_tokens=0."
@@ -85,9 +101,11 @@ class LanguageModeling:
         return tokenizer.decode(ids) + "\n"
 
 
-def _load(config: TextDataConfig | TokenShardsConfig) -> TextData | TokenShardData:
+def _load(config: LanguageDataConfig) -> TextData | TokenShardData | MegatronIndexedData:
     match config:
         case TextDataConfig():
             return load_text_data(config)
         case TokenShardsConfig():
             return load_token_shards(config)
+        case MegatronIndexedConfig():
+            return load_megatron_indexed(config)
