@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "dynmoe_ds"
 LEVELS = [
     {"cli"},
     {"training"},
-    {"export", "planning"},
+    {"export", "launching", "planning"},
     {"data", "models", "telemetry"},
     {"config"},
     {"engine"},

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, plan, stages, tokenize, train
+from dynmoe_ds.cli import config, doctor, evaluate, export, generate, inspect, launch, plan, stages, tokenize, train
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
 
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   dynmoe train experiment=demo                       train the demo on two CPU ranks
   dynmoe train experiment=demo router=top_any        the same with another router
   dynmoe config experiment=demo optim.lr=1e-3        print what a run would use
+  dynmoe launch launch=slurm experiment=demo         submit it to a cluster
   dynmoe plan experiment=demo                        predict step time and memory of every layout
   dynmoe tokenize book.txt --out shards              write text as token shards for data=token_shards
   dynmoe evaluate runs/demo                          what a trained model's held-out data say, once more
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, stages, evaluate, generate, export, config, plan, tokenize, inspect, doctor):
+    for verb in (train, launch, stages, evaluate, generate, export, config, plan, tokenize, inspect, doctor):
         verb.add_verb(verbs)
     return parser
 
