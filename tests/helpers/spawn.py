@@ -23,9 +23,16 @@ import torch.distributed as dist
 # Before the fork server imports DeepSpeed, which then keeps the accelerator that it finds.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-# Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds.
+# Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds. The last three
+# are what DeepSpeed imports when an engine is made: with them torch's compiler, 2 s of every rank.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dynmoe_ds.export", "tests.helpers.models"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "dynmoe_ds.export", "tests.helpers.models", "pytest", "torch.distributed.checkpoint",
+        "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)  # fmt: skip
 
 
 class RankFailed(AssertionError):
