@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import os
+import shlex
+from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.config.groups import launch_names
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from dynmoe_ds.launching.config import (
+        AnyLaunchConfig,
+        DeepSpeedConfig,
+        KubernetesConfig,
+        LocalConfig,
+        SlurmConfig,
+        TorchrunConfig,
+    )
+    from dynmoe_ds.launching.runs import Runs
 
 _EXAMPLES = """examples:
   dynmoe launch experiment=demo                                              here, as `dynmoe train` does
@@ -91,18 +103,79 @@ def run(arguments: argparse.Namespace) -> int:
     return _launch(launch, runs, is_dry=arguments.dry_run)
 
 
-def _launch(launch: Any, runs: Any, *, is_dry: bool) -> int:
+def _launch(launch: AnyLaunchConfig, runs: Runs, *, is_dry: bool) -> int:
+    from dynmoe_ds.launching.config import DeepSpeedConfig, KubernetesConfig, LocalConfig, SlurmConfig, TorchrunConfig
+
+    match launch:
+        case LocalConfig():
+            return _local(launch, runs, is_dry=is_dry)
+        case DeepSpeedConfig() | TorchrunConfig():
+            return _hosts(launch, runs, is_dry=is_dry)
+        case SlurmConfig():
+            return _slurm(launch, runs, is_dry=is_dry)
+        case KubernetesConfig():
+            return _kubernetes(launch, runs, is_dry=is_dry)
+
+
+def _local(launch: LocalConfig, runs: Runs, *, is_dry: bool) -> int:
+    """Train here, a sweep's runs one after the other; the code of the first one that fails."""
+    from dynmoe_ds.cli import train
+    from dynmoe_ds.launching.freeze import config_file, freeze, sweep_table
+
+    own = [f"{config_file(config.run_dir)}" for config in runs.configs]
+    if runs.is_sweep:
+        print(sweep_table(runs), end="", flush=True)
+    if is_dry:
+        print("\n".join(shlex.join(("dynmoe", "train", "--config", file)) for file in own))
+        return 0
+    freeze(launch, runs, {}, with_code=False)
+    os.environ.update(text.split("=", 1) for text in launch.environment)
+    for number, file in enumerate(own):
+        if runs.is_sweep:
+            print(f"dynmoe: run {number} of {len(own)}: {' '.join(runs.choices[number])}", flush=True)
+        if code := train.run(argparse.Namespace(config=file, overrides=[])):
+            return code
+    return 0
+
+
+def _hosts(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs, *, is_dry: bool) -> int:
+    """Start the ranks on the hosts and wait for them, or print what each host is to run."""
+    from dynmoe_ds.launching import hosts
+    from dynmoe_ds.launching.config import TorchrunConfig
+    from dynmoe_ds.launching.freeze import freeze
+
+    text = "\n".join(hosts.lines(launch, runs))
+    if is_dry:
+        print(text)
+        return 0
+    freeze(launch, runs, hosts.files(launch, runs), with_code=False)
+    if isinstance(launch, TorchrunConfig) and launch.start == "print":
+        print(text)
+        return 0
+    print(f"dynmoe: starting {runs.num_ranks} ranks; run folder {runs.folder}; Ctrl-C stops", flush=True)
+    return hosts.start(launch, runs)
+
+
+def _slurm(launch: SlurmConfig, runs: Runs, *, is_dry: bool) -> int:
     from dynmoe_ds.launching import slurm
-    from dynmoe_ds.launching.config import SlurmConfig
     from dynmoe_ds.launching.freeze import launch_folder, sweep_table
 
-    if isinstance(launch, SlurmConfig):
-        if is_dry:
-            print(slurm.render(launch, runs), end="")
-            return 0
+    if is_dry:
+        print(slurm.render(launch, runs), end="")
+    else:
         job = slurm.submit(launch, runs)
-        print(f"dynmoe: job {job}; run folder {runs.folder}; log {launch_folder(runs.folder)}/job-{job}*.log")
+        log = "job-*.log" if runs.is_sweep else f"job-{job}.log"
+        print(f"dynmoe: submitted job {job}; run folder {runs.folder}; log {launch_folder(runs.folder) / log}")
         if runs.is_sweep:
             print(sweep_table(runs), end="")
-        return 0
-    raise NotImplementedError
+    return 0
+
+
+def _kubernetes(launch: KubernetesConfig, runs: Runs, *, is_dry: bool) -> int:
+    from dynmoe_ds.launching import kubernetes
+
+    if is_dry:
+        print(kubernetes.render(launch, runs), end="")
+    else:
+        print(kubernetes.submit(launch, runs), end="")
+    return 0

@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,9 +19,9 @@ from typing import TYPE_CHECKING, NoReturn
 from dynmoe_ds.cli import launcher_watch
 from dynmoe_ds.cli.given_ranks import adopt_rank
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
-from dynmoe_ds.cli.launcher_watch import EXIT_NOTE_VARIABLE
 from dynmoe_ds.cli.stop_requests import StopRequests
 from dynmoe_ds.errors import ConfigError, DynMoEError
+from dynmoe_ds.launching.variables import EXIT_NOTE_VARIABLE, STOP_FILE_VARIABLE
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -99,9 +101,12 @@ def _run_rank(arguments: argparse.Namespace) -> int:
     """
     requests = StopRequests()
     requests.listen()
+    if path := os.environ.get(STOP_FILE_VARIABLE):
+        requests.listen_to_file(Path(path))
     _follow_launchers(requests)
     rank, world_size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     _show_log(rank)
+    _hide_known_noise()
     # What one rank finds wrong, every rank reports. Rank 0 speaks first; another is heard if it fails alone. An error
     # of another kind may follow from a rank that is gone: that rank is heard first.
     try:
@@ -164,6 +169,13 @@ def _show_log(rank: int) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
+
+
+def _hide_known_noise() -> None:
+    """Of DeepSpeed 0.19 about its own calls, on every rank, at the first step; nothing a user can act on."""
+    for name, other in (("all_gather_into_tensor", "all_gather"), ("reduce_scatter_tensor", "reduce_scatter")):
+        text = re.escape(f"`torch.distributed.{name}` is deprecated. Please use `torch.distributed.{other}")
+        warnings.filterwarnings("ignore", message=text, category=FutureWarning)
 
 
 def _follow_launchers(requests: StopRequests) -> None:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 
 CONFIG_MODULE = "dynmoe_configs"
-# No parts of a run: what the hardware can do, which `dynmoe plan` alone reads, and where a job runs, for `dynmoe launch`.
+# No parts of a run: what hardware can do, for `dynmoe plan`, and where a job runs, for `dynmoe launch`.
 CLUSTER_GROUP = "cluster"
 LAUNCH_GROUP = "launch"
 

@@ -122,8 +122,8 @@ def _nodes(nodes: int, gpus_per_node: int, ranks: int) -> Iterator[str]:
         return  # reported by itself
     if ranks % nodes:
         yield (
-            f"parallel.num_ranks is {ranks} but must be a multiple of launch.nodes ({nodes}), so that every node has as "
-            f"many. Use {_multiples(ranks, nodes)}, or another number of nodes."
+            f"parallel.num_ranks is {ranks} but must be a multiple of launch.nodes ({nodes}), so that every node has "
+            f"as many. Use {_multiples(ranks, nodes)}, or another number of nodes."
         )
     per_node = -(-ranks // nodes)
     if gpus_per_node and per_node > gpus_per_node:

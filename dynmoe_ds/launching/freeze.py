@@ -36,8 +36,8 @@ def config_file(run_dir: str | Path) -> Path:
     return launch_folder(Path(run_dir)) / _CONFIG
 
 
-def freeze(launch: AnyLaunchConfig, runs: Runs, files: Mapping[str, str]) -> None:
-    """Write the code, each run's configuration, and `files` by name into the launch folders, anew.
+def freeze(launch: AnyLaunchConfig, runs: Runs, files: Mapping[str, str], *, with_code: bool) -> None:
+    """Write each run's configuration, `files` by name, and the code if it is wanted, into the launch folders, anew.
 
     A sweep's table of runs goes into its folder, too.
     """
@@ -46,7 +46,7 @@ def freeze(launch: AnyLaunchConfig, runs: Runs, files: Mapping[str, str]) -> Non
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-    for package in PACKAGES:
+    for package in PACKAGES if with_code else ():
         _copy_package(package, code_folder(runs))
     for config in runs.configs:
         config_file(config.run_dir).write_text(to_yaml(config), encoding="utf-8")

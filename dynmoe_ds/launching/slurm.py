@@ -34,7 +34,7 @@ def submit(launch: SlurmConfig, runs: Runs) -> str:
     own = launch_folder(runs.folder)
     for folder in {own, *(launch_folder(Path(config.run_dir)) for config in runs.configs)}:
         _refuse_if_in_use(folder)
-    freeze(launch, runs, {SCRIPT_FILE: render(launch, runs)})
+    freeze(launch, runs, {SCRIPT_FILE: render(launch, runs)}, with_code=True)
     script = own / SCRIPT_FILE
     done = _slurm("sbatch", "--parsable", f"{script}")
     if done.returncode:
@@ -86,7 +86,7 @@ def _body(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
         "export MASTER_ADDR=$(scontrol -o show node \"$first\" | sed 's/.*NodeAddr=\\([^ ]*\\).*/\\1/')",
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
         "",
-        "# One task per rank: signals and exit codes pass through srun as they are, and ranks read SLURM_PROCID. USR1 is",
+        "# One task per rank, which reads SLURM_PROCID: signals and exit codes pass through srun as they are. USR1 is",
         "# ignored until a rank listens to it.",
         f"rank=({_rank_command(launch, runs)})",
         f'srun {" ".join(_srun_options(launch, runs))} bash -c \'trap "" USR1; exec "$@"\' rank "${{rank[@]}}" &',
