@@ -52,11 +52,17 @@ def commands(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs) -> tuple[Comm
             Command(host=host, words=("bash", "-c", _torchrun(launch, runs, number)))
             for number, host in enumerate(hosts)
         )
-    # -tt: when the connection ends, the terminal there is closed, and with it torchrun.
-    ssh = ("ssh", "-tt", *SSH_OPTIONS, *launch.ssh_options)
     return tuple(
-        Command(host=host, words=(*ssh, host, _torchrun(launch, runs, number))) for number, host in enumerate(hosts)
+        Command(host=host, words=_through_ssh(launch, host, _torchrun(launch, runs, number)))
+        for number, host in enumerate(hosts)
     )
+
+
+def _through_ssh(launch: TorchrunConfig, host: str, line: str) -> tuple[str, ...]:
+    """A line of shell on another host. The terminal there is closed when the connection ends, which ends torchrun."""
+    # Through cat, with the exit code of torchrun, since it is no terminal for people.
+    there = shlex.join(("bash", "-o", "pipefail", "-c", f"stty -opost; {line} 2>&1 | cat"))
+    return ("ssh", "-tt", *SSH_OPTIONS, *launch.ssh_options, host, there)
 
 
 def files(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs) -> dict[str, str]:
@@ -159,7 +165,7 @@ def _torchrun(launch: TorchrunConfig, runs: Runs, number: int) -> str:
         environment = {"PYTHONPATH": os.environ["PYTHONPATH"], **environment}
     own = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     return (
-        f"cd {shlex.quote(os.getcwd())} && exec env {own} {python} -m torch.distributed.run --nnodes {len(hosts)} "
+        f"cd {shlex.quote(os.getcwd())} && env {own} {python} -m torch.distributed.run --nnodes {len(hosts)} "
         f"--node-rank {number} --nproc-per-node {next(iter(hosts.values()))} --master-addr {_master(launch)} "
         f"--master-port {launch.master_port} --module dynmoe_ds train "
         f"--config {shlex.quote(f'{config_file(runs.folder)}')}"
