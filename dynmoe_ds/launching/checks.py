@@ -11,6 +11,7 @@ from typing import Any
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.launching.config import (
+    DNS_LABEL,
     AnyLaunchConfig,
     DeepSpeedConfig,
     HostsConfig,
@@ -20,6 +21,7 @@ from dynmoe_ds.launching.config import (
     TorchrunConfig,
 )
 from dynmoe_ds.launching.hostfile import read_hostfile
+from dynmoe_ds.launching.kubernetes import job_name
 from dynmoe_ds.launching.runs import Runs
 
 # Keys of the run's configuration that name a file or a folder, whatever section they are of.
@@ -189,6 +191,12 @@ def _slurm(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
 def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
     if runs.is_sweep:
         yield "A sweep is launched on Kubernetes, which gets one job at a time. Launch its runs one by one."
+    name = job_name(launch, runs)
+    if not DNS_LABEL.fullmatch(name):
+        yield (
+            f"The run folder's name {name!r} cannot be a job's in Kubernetes. Set launch.job_name to small letters, "
+            "digits and '-'."
+        )
     volume = Path(launch.volume_path)
     for config in runs.configs:
         if not Path(config.run_dir).is_relative_to(volume):

@@ -12,7 +12,7 @@ from dynmoe_ds.launching.slurm_time import TIME_FORMATS, seconds_of
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _MIN_SIGNAL_S = 60
 # A name of Kubernetes' objects, with room for what the operators add to it.
-_DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +181,7 @@ class KubernetesConfig(LaunchConfig):
                 yield from _at_least_one(key, value)
         for key in ("job_name", "namespace", "claim"):
             text = getattr(self, key)
-            if text is not None and not _DNS_LABEL.fullmatch(text):
+            if text is not None and not DNS_LABEL.fullmatch(text):
                 yield (
                     f"launch.{key} is {text!r}, which Kubernetes does not take. Use at most 63 small letters, digits "
                     "and '-'."
