@@ -15,8 +15,6 @@ from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.errors import ConfigError
 
-_RUN_DIR = "run_dir="
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runs:
@@ -48,20 +46,19 @@ def load_runs(overrides: Sequence[str], *, check_files: bool = True) -> Runs:
 
     Raises: ConfigError with every fault of every run, each once.
     """
-    common, swept = _split_sweep(overrides)
+    common, swept, run_dir = _split_sweep(overrides)
     if not swept:
         config = _with_absolute_folder(load_config(common, check_files=check_files))
         return Runs(folder=Path(config.run_dir), configs=(config,), choices=((),))
-    run_dirs = [text.removeprefix(_RUN_DIR) for text in common if text.startswith(_RUN_DIR)]
     faults: list[str] = []
-    if not run_dirs:
+    if run_dir is None:
         faults.append("run_dir is not set. A sweep needs a folder for the folders of its runs: run_dir=runs/NAME.")
-    folder = Path(os.path.abspath(run_dirs[-1] if run_dirs else "runs/sweep"))
+    folder = Path(os.path.abspath(run_dir or "runs/sweep"))
     choices = tuple(itertools.product(*swept))
     configs: list[RunConfig] = []
     for number, chosen in enumerate(choices):
         try:
-            own = [*common, *chosen, f"{_RUN_DIR}{_quoted(folder / f'{number}')}"]
+            own = [*common, *chosen, f"run_dir={_quoted(folder / f'{number}')}"]
             configs.append(load_config(own, check_files=check_files))
         except ConfigError as error:
             faults += [fault for fault in error.faults if fault not in faults]
@@ -80,14 +77,15 @@ def _with_absolute_folder(config: RunConfig) -> RunConfig:
     return replace(config, run_dir=os.path.abspath(config.run_dir))
 
 
-def _split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """The overrides with one value, and for each of the others its values as overrides of their own.
+def _split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]], str | None]:
+    """The overrides with one value, for each of the others its values as overrides of their own, and the run_dir.
 
     What cannot be read is left for `load_config` to report.
     """
     parser = OverridesParser.create()
     common: list[str] = []
     swept: list[tuple[str, ...]] = []
+    run_dir: str | None = None
     for text in overrides:
         try:
             (override,) = parser.parse_overrides([text])
@@ -99,7 +97,9 @@ def _split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, .
             swept.append(tuple(f"{key}={value}" for value in override.sweep_string_iterator()))
         else:
             common.append(text)
-    return common, swept
+            if override.key_or_group == "run_dir" and override.value() is not None:
+                run_dir = f"{override.value()}"
+    return common, swept, run_dir
 
 
 def _quoted(path: Path) -> str:

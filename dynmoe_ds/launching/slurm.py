@@ -92,7 +92,7 @@ def _body(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
         f'srun {" ".join(_srun_options(launch, runs))} bash -c \'trap "" USR1; exec "$@"\' rank "${{rank[@]}}" &',
         "step=$!",
         "# Again and again: a rank that is starting does not hear it.",
-        "ask() { while kill -USR1 $step 2>/dev/null; do sleep 5; done; }",
+        "ask() { while kill -USR1 $step 2>/dev/null; do sleep 1; done; }",
         "trap 'ask &' USR1",
         "",
         "# wait returns early when a signal comes.",

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -134,9 +135,10 @@ class TwoHosts:
         """The processes on a host."""
         return [int(pid) for pid in _call("ip", "netns", "pids", self._spaces[number], check=False).stdout.split()]
 
-    def ranks(self, number: int) -> list[int]:
-        """Those that train."""
-        return [pid for pid in self.pids(number) if b"dynmoe_ds" in _command_line(pid)]
+    def trainers(self, number: int) -> list[int]:
+        """Those that train, and their launchers."""
+        words = {pid: _command_line(pid) for pid in self.pids(number)}
+        return [pid for pid, own in words.items() if own[:1] == [sys.executable] and "train" in own]
 
     def sent_bytes(self, number: int) -> int:
         """What has left a host through the cable."""
@@ -159,8 +161,8 @@ def _call(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]
     return done
 
 
-def _command_line(pid: int) -> bytes:
+def _command_line(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
-        return b""
+        return []
