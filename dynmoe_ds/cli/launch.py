@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from dynmoe_ds.launching.runs import Runs
 
+_ACCUMULATION = "training.gradient_accumulation_steps"
+
 _EXAMPLES = """examples:
   dynmoe launch experiment=demo                                              here, as `dynmoe train` does
   dynmoe launch launch=slurm launch.nodes=2 launch.partition=gpu parallel=two_nodes run_dir=runs/first
@@ -92,6 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         faults += error.faults
     if launch is not None and runs is not None:
         faults += find_launch_faults(launch, runs)
+        if launch.global_batch_size is not None and any(_ACCUMULATION in text for text in split.others):
+            faults.append(
+                f"launch.global_batch_size is {launch.global_batch_size} and {_ACCUMULATION} is given, too, which "
+                "follows from it. Leave out one of them."
+            )
         try:
             runs = with_global_batch(runs, launch.global_batch_size)
         except ConfigError as error:

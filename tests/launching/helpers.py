@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dynmoe_ds.launching.runs import Runs, load_runs
 SMOKE = ("experiment=smoke", "telemetry=disabled")
 
 
+@cache  # Hydra takes a second for each
 def runs_of(*overrides: str, run_dir: str = "/nowhere/runs/first", check_files: bool = True) -> Runs:
     return load_runs([*SMOKE, *overrides, f"run_dir={run_dir}"], check_files=check_files)
 

@@ -135,5 +135,5 @@ def test_the_global_batch_is_reached_by_accumulation() -> None:
         "launch.global_batch_size is 40 but must be a multiple of the 16 sequences of a micro step (4 ranks of "
         "training.micro_batch_size 4). Use 32 or 48."
     )
-    with pytest.raises(ConfigError, match="Use 16."):
+    with pytest.raises(ConfigError, match=r"Use 16\."):
         with_global_batch(runs, 8)

@@ -49,7 +49,11 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ("slurm", {"node": 2}, "There is no key 'launch.node'. Did you mean 'launch.nodes'?"),
         ("slurm", {"time": 60}, "launch.time is 60 (a whole number) but must be text."),
         ("slurm", {"time": "24h"}, "launch.time is '24h', which Slurm cannot read. Write MINUTES, MINUTES:SECONDS,"),
-        ("slurm", {"time": "5"}, "launch.signal_s is 300 but must be below launch.time (5, 300 s), or the job is asked"),
+        (
+            "slurm",
+            {"time": "5"},
+            "launch.signal_s is 300 but must be below launch.time (5, 300 s), or the job is asked",
+        ),
         ("slurm", {"signal_s": 30}, "launch.signal_s is 30 but must be at least 60: Slurm may send its signal that"),
         ("slurm", {"nodes": 0}, "launch.nodes is 0 but must be at least 1."),
         ("slurm", {"cpus_per_rank": 0}, "launch.cpus_per_rank is 0 but must be at least 1."),

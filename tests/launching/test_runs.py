@@ -43,7 +43,7 @@ def test_every_fault_of_every_run_once() -> None:
 
 
 def test_runs_of_a_sweep_have_as_many_ranks() -> None:
-    with pytest.raises(ConfigError, match="parallel.num_ranks is 2 and 4 in runs of one sweep, but all get the same"):
+    with pytest.raises(ConfigError, match=r"parallel.num_ranks is 2 and 4 in runs of one sweep, but all get the same"):
         runs_of("parallel.num_ranks=2,4")
 
 

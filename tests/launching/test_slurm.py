@@ -126,7 +126,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = programs(tmp_path, sbatch=refusing, squeue="echo PENDING")
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     launch, runs = launch_of("slurm"), runs_of("seed=0,1", run_dir=f"{tmp_path}/run")
-    with pytest.raises(LaunchError, match="(?s)refused .*job.sbatch:\nsbatch: error: invalid account: moe\nNothing"):
+    with pytest.raises(LaunchError, match=r"(?s)refused .*job.sbatch:\nsbatch: error: invalid account: moe\nNothing"):
         submit(launch, runs)
     (tmp_path / "run" / "launch" / "job_id").write_text("5\n")
     with pytest.raises(LaunchError, match=r"Job 5 was launched into .*/run and is PENDING. Wait for it, end it with"):
