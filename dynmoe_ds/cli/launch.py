@@ -136,7 +136,7 @@ def _local(launch: LocalConfig, runs: Runs, *, is_dry: bool) -> int:
         print("\n".join(shlex.join(("dynmoe", "train", "--config", file)) for file in own))
         return 0
     freeze(launch, runs, {}, with_code=False)
-    os.environ.update(text.split("=", 1) for text in launch.environment)
+    os.environ.update(launch.variables())
     for number, file in enumerate(own):
         if runs.is_sweep:
             print(f"dynmoe: run {number} of {len(own)}: {' '.join(runs.choices[number])}", flush=True)

@@ -26,6 +26,10 @@ class LaunchConfig:
     environment: tuple[str, ...] = ()
     global_batch_size: int | None = None
 
+    def variables(self) -> dict[str, str]:
+        """`environment` by name."""
+        return {name: value for name, _, value in (text.partition("=") for text in self.environment)}
+
     def faults(self) -> list[str]:
         """One sentence per value that cannot work by itself."""
         return list(self._faults())

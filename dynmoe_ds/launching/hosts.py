@@ -76,8 +76,7 @@ def _environment(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs) -> dict[s
     if isinstance(launch, DeepSpeedConfig) and launch.runner == "openmpi":
         # mpirun numbers the ranks, but does not say where they meet.
         shared |= {"MASTER_ADDR": _master(launch), "MASTER_PORT": f"{launch.master_port}"}
-    given = dict(text.split("=", 1) for text in launch.environment)
-    return own | shared | given
+    return own | shared | launch.variables()
 
 
 def _deepspeed(launch: DeepSpeedConfig, runs: Runs) -> Command:

@@ -153,7 +153,7 @@ def _environment(launch: KubernetesConfig) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if launch.gpus_per_node == 0:
         own["DS_ACCELERATOR"] = "cpu"
-    return own | dict(text.split("=", 1) for text in launch.environment)
+    return own | launch.variables()
 
 
 class _Dumper(yaml.SafeDumper):

@@ -117,9 +117,7 @@ def _environment(launch: SlurmConfig) -> Iterator[tuple[str, str]]:
     yield "TOKENIZERS_PARALLELISM", "false"
     if launch.gpus_per_node == 0:
         yield "DS_ACCELERATOR", "cpu"
-    for text in launch.environment:
-        name, _, value = text.partition("=")
-        yield name, value
+    yield from launch.variables().items()
 
 
 def _srun_options(launch: SlurmConfig, runs: Runs) -> Iterator[str]:

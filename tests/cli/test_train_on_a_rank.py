@@ -133,6 +133,18 @@ def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str
     assert end(start(tmp_path, body.strip(), rank=rank)) == (0, "training\n", seen)
 
 
+def test_warnings_of_deepspeed_about_its_own_calls_are_not_shown(tmp_path: Path) -> None:
+    body = """
+    import warnings
+    for old, new in (("all_gather_into_tensor", "all_gather_single"), ("other", "another")):
+        text = f"`torch.distributed.{old}` is deprecated. Please use `torch.distributed.{new}` instead."
+        warnings.warn(text, FutureWarning)
+    raise SystemExit(0)
+    """
+    _, _, complained = end(start(tmp_path, body.strip()))
+    assert "all_gather" not in complained and "`torch.distributed.other` is deprecated" in complained
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_ask_the_training_to_stop(number: int, tmp_path: Path) -> None:
     body = """
