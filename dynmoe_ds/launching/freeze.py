@@ -39,13 +39,12 @@ def config_file(run_dir: str | Path) -> Path:
 def freeze(launch: AnyLaunchConfig, runs: Runs, files: Mapping[str, str], *, with_code: bool) -> None:
     """Write each run's configuration, `files` by name, and the code if it is wanted, into the launch folders, anew.
 
-    A sweep's table of runs goes into its folder, too.
+    A sweep's table of runs goes into its folder, too. The output of earlier jobs stays.
     """
     folders = {launch_folder(runs.folder), *(launch_folder(Path(config.run_dir)) for config in runs.configs)}
     for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(code_folder(runs), ignore_errors=True)
     for package in PACKAGES if with_code else ():
         _copy_package(package, code_folder(runs))
     for config in runs.configs:

@@ -131,17 +131,6 @@ def test_a_choice_of_gpus_in_the_environment_is_kept(monkeypatch: pytest.MonkeyP
     assert "--num_gpus" not in launch_command([], environment, num_ranks=2), "the launcher would ignore the choice"
 
 
-def test_warnings_that_are_known_noise_are_quiet_and_others_are_not() -> None:
-    script = (
-        "import warnings\n"
-        "warnings.warn('`torch.distributed.all_gather_into_tensor` is deprecated. Please', FutureWarning)\n"
-        "warnings.warn('something new is deprecated', FutureWarning)\n"
-    )
-    environment = rank_environment(os.environ, num_ranks=1, run_dir="runs/x")
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "something new" in done.stderr and "all_gather_into_tensor" not in done.stderr
-
-
 def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 # cred_expire: a requeued job waits for twice as long, which is two minutes with Slurm's default.
@@ -39,15 +41,16 @@ KillWait=30
 SlurmctldTimeout=60
 SlurmdTimeout=60
 MinJobAge=600
-SlurmctldPort=16817
+SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=16821 CPUs=2 RealMemory=2000
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=16822 CPUs=2 RealMemory=2000
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -72,7 +75,9 @@ class VirtualSlurm:
         for name in ("state", "spool-n1", "spool-n2"):
             (self.folder / name).mkdir()
         conf = self.folder / "slurm.conf"
-        conf.write_text(_CONF.format(folder=self.folder))
+        # Jobs of another cluster like this one, beside it, would meet at the same ports if they had the same numbers.
+        first_job = 1 + os.getpid() % 9000
+        conf.write_text(_CONF.format(folder=self.folder, ports=_free_ports(3), first_job=first_job))
         self.environment = {**os.environ, "SLURM_CONF": f"{conf}", "PATH": _PATH}
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del self.environment[name]
@@ -139,6 +144,14 @@ class VirtualSlurm:
         as_munge = ["setpriv", "--reuid", "munge", "--regid", "munge", "--clear-groups"]
         self.call(*as_munge, "munged", *options)
         self.wait_for(lambda: (folder / "socket").exists())
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _runs(pid: int) -> bool:

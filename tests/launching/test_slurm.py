@@ -132,6 +132,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LaunchError, match=r"Job 5 was launched into .*/run and is PENDING. Wait for it, end it with"):
         submit(launch, runs)
     programs(tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", sbatch="echo 6")
+    (tmp_path / "run" / "launch" / "job-5_0.log").write_text("what it said")
     assert submit(launch, runs) == "6", "Slurm has forgotten the other one"
+    assert (tmp_path / "run" / "launch" / "job_id").read_text() == "6\n"
+    assert (tmp_path / "run" / "launch" / "job-5_0.log").exists()
     assert (tmp_path / "run" / "sweep.tsv").read_text() == "run\tseed\n0\t0\n1\t1\n"
     assert [(tmp_path / "run" / n / "launch" / "config.yaml").exists() for n in "01"] == [True, True]
