@@ -51,3 +51,7 @@ class CheckpointError(DynMoEError):
 
 class DataError(DynMoEError):
     """Training data that cannot be used."""
+
+
+class LaunchError(DynMoEError):
+    """A job that could not be submitted or started."""

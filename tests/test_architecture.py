@@ -17,7 +17,7 @@ LEVELS = [
     {"cli"},
     {"harness"},
     {"training"},
-    {"export", "planning"},
+    {"export", "launching", "planning"},
     {"data", "models", "telemetry"},
     {"config"},
     {"engine"},

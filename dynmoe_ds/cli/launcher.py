@@ -17,9 +17,10 @@ from types import FrameType
 import psutil
 import torch
 
-from dynmoe_ds.cli.launcher_watch import CHECKPOINT_GRACE_S, EXIT_NOTE_VARIABLE, FRONT_PID_VARIABLE
+from dynmoe_ds.cli.launcher_watch import CHECKPOINT_GRACE_S, FRONT_PID_VARIABLE
 from dynmoe_ds.config.load import RUN_DIR_VARIABLE
 from dynmoe_ds.errors import EXIT_PREEMPTED, ConfigError
+from dynmoe_ds.launching.variables import EXIT_NOTE_VARIABLE
 
 # A launcher that ends in order ends after its ranks; what they started may take a moment longer.
 _LAUNCHER_LEAD_S = 2.0
@@ -27,12 +28,6 @@ _LAUNCHER_LEAD_S = 2.0
 _SAME_SIGNAL_S = 1.0
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-# Said by DeepSpeed 0.19 about its own calls, on every rank, at the first step; nothing a user can act on.
-_KNOWN_NOISE = (
-    "ignore:`torch.distributed.all_gather_into_tensor` is deprecated:FutureWarning",
-    "ignore:`torch.distributed.reduce_scatter_tensor` is deprecated:FutureWarning",
-)
 
 
 def check_devices(num_ranks: int) -> None:
@@ -64,8 +59,6 @@ def rank_environment(base: Mapping[str, str], *, num_ranks: int, run_dir: str) -
     environment[RUN_DIR_VARIABLE] = run_dir
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings = [base["PYTHONWARNINGS"]] if base.get("PYTHONWARNINGS") else []
-    environment["PYTHONWARNINGS"] = ",".join([*_KNOWN_NOISE, *warnings])
     name_accelerator(environment)
     if environment.get("DS_ACCELERATOR", "cuda") == "cuda" and environment.get(_VISIBLE):
         environment[_VISIBLE] = ",".join(environment[_VISIBLE].split(",")[:num_ranks])

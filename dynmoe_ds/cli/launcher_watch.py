@@ -16,9 +16,6 @@ logger = logging.getLogger(__name__)
 FRONT_PID_VARIABLE = "DYNMOE_FRONT_PID"
 """Set by `dynmoe train` for its ranks: its own process."""
 
-EXIT_NOTE_VARIABLE = "DYNMOE_EXIT_NOTE"
-"""Set by `dynmoe train` for its ranks: the file in which one that leaves in order notes its exit code."""
-
 CHECKPOINT_GRACE_S = 25.0
 """How long ranks that were asked to stop may take for it. Slurm and Kubernetes send SIGKILL 30 s after SIGTERM, and the
 front end needs some of that to end what has not ended by itself."""

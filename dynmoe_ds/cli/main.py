@@ -15,6 +15,7 @@ from dynmoe_ds.cli import (
     export,
     generate,
     inspect,
+    launch,
     plan,
     report,
     stages,
@@ -31,6 +32,7 @@ _EXAMPLES = """examples:
   dynmoe train experiment=demo                       train the demo on two CPU ranks
   dynmoe train experiment=demo router=top_any        the same with another router
   dynmoe config experiment=demo optim.lr=1e-3        print what a run would use
+  dynmoe launch launch=slurm experiment=demo         submit it to a cluster
   dynmoe plan experiment=demo                        predict step time and memory of every layout
   dynmoe tokenize book.txt --out shards              write text as token shards for data=token_shards
   dynmoe data index web.jsonl --tokenizer FOLDER --out corpus/web   the same in Megatron's format
@@ -52,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (train, stages, evaluate, generate, export, report, config, plan, tokenize, data, inspect, doctor):
+    before = (train, launch, stages, config, plan, tokenize, data, doctor)
+    after = (evaluate, generate, export, report, inspect)
+    for verb in (*before, *after):
         verb.add_verb(verbs)
     return parser
 

@@ -107,28 +107,16 @@ class _OwnOverrides:
     """What of the overrides is this verb's: the cluster's name and values, mean k; and the others, for the run."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
+        from dynmoe_ds.config.own_groups import split_overrides
 
+        split = split_overrides(overrides, ("cluster", "plan"))
         self.cluster = DEFAULT_CLUSTER
         self.mean_k: float | None = None
         self.cluster_values: list[tuple[str, Any]] = []
-        self.others: list[str] = []
-        self.faults: list[str] = []
-        parser = OverridesParser.create()
-        for text in overrides:
-            room = text.lstrip("+").partition("=")[0].partition(".")[0]
-            if room not in ("cluster", "plan"):
-                self.others.append(text)
-                continue
-            try:
-                (override,) = parser.parse_overrides([text])
-                if override.is_delete() or override.is_sweep_override():
-                    raise HydraException("neither deleted nor swept")
-            except HydraException:
-                self.faults.append(f"The override {text!r} cannot be read. Write {room}.KEY=VALUE with one value.")
-                continue
-            self._take(override.key_or_group, override.value())
+        self.others = split.others
+        self.faults = list(split.faults)
+        for key, value in split.own:
+            self._take(key, value)
 
     def _take(self, key: str, value: Any) -> None:
         if key == "cluster":

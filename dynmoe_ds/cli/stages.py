@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli import train
+from dynmoe_ds.cli.given_ranks import adopt_rank
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import ConfigError
 
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError with every fault of every stage, before anything is started.
     """
+    adopt_rank(os.environ)
     if "RANK" in os.environ:
         raise ConfigError("`dynmoe stages` starts launchers itself. Under a launcher use `dynmoe train stage=NAME`.")
     names = (_value(arguments.overrides, _NAMES) or DEFAULT_STAGES).split(",")
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"dynmoe: stage {number} of {len(folders)}: {names[number - 1]}", flush=True)
         if folder not in left:
             print(f"dynmoe: {folder} has come to its end already", flush=True)
-        elif code := train.run(argparse.Namespace(overrides=commands[folder])):
+        elif code := train.run(argparse.Namespace(config=None, overrides=commands[folder])):
             return code
     return 0
 

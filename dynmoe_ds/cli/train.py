@@ -6,22 +6,27 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dynmoe_ds.cli import launcher_watch
+from dynmoe_ds.cli.given_ranks import adopt_rank
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
-from dynmoe_ds.cli.launcher_watch import EXIT_NOTE_VARIABLE
 from dynmoe_ds.cli.stop_requests import StopRequests
 from dynmoe_ds.errors import ConfigError, DynMoEError
+from dynmoe_ds.launching.variables import EXIT_NOTE_VARIABLE, STOP_FILE_VARIABLE
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from dynmoe_ds.config.schema import RunConfig
 
 # The launcher looks every second for a rank that failed and stops the others: whoever waits longer is not heard twice.
 _LATER_S = 3.0
@@ -48,6 +53,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=f"{_EXAMPLES}\n{override_help()}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--config", metavar="FILE", help="train what a config.yaml says, instead of overrides")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or SECTION.KEY=VALUE")
     parser.set_defaults(run=run)
 
@@ -57,22 +63,37 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError with every fault, before any process is started.
     """
+    adopt_rank(os.environ)
     if "RANK" in os.environ:
-        return _run_rank(arguments.overrides)
+        return _run_rank(arguments)
     from dynmoe_ds.cli import launcher
-    from dynmoe_ds.config.load import load_config
 
-    config = load_config(arguments.overrides)
+    config = _config(arguments)
     num_ranks = config.parallel.num_ranks
     launcher.check_devices(num_ranks)
     environment = launcher.rank_environment(os.environ, num_ranks=num_ranks, run_dir=config.run_dir)
-    command = launcher.launch_command(arguments.overrides, environment, num_ranks=num_ranks)
+    own = arguments.overrides if arguments.config is None else ["--config", arguments.config]
+    command = launcher.launch_command(own, environment, num_ranks=num_ranks)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     print(f"dynmoe: starting {ranks}; run folder {config.run_dir}; Ctrl-C stops", flush=True)
     return launcher.supervise(command, environment)
 
 
-def _run_rank(overrides: Sequence[str]) -> int:
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that the command names. Raises: ConfigError with every fault."""
+    from dynmoe_ds.config.load import load_config, read_config
+
+    if arguments.config is None:
+        return load_config(arguments.overrides)
+    if arguments.overrides:
+        raise ConfigError(
+            f"--config {arguments.config} is a whole configuration, but there are overrides, too "
+            f"({' '.join(arguments.overrides)}). Leave out the one or the others."
+        )
+    return read_config(arguments.config)
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
     """Train on this rank.
 
     Whatever goes wrong ends the process at once: leaving through the interpreter would wait for other ranks in the
@@ -80,13 +101,16 @@ def _run_rank(overrides: Sequence[str]) -> int:
     """
     requests = StopRequests()
     requests.listen()
+    if path := os.environ.get(STOP_FILE_VARIABLE):
+        requests.listen_to_file(Path(path))
     _follow_launchers(requests)
     rank, world_size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     _show_log(rank)
+    _hide_known_noise()
     # What one rank finds wrong, every rank reports. Rank 0 speaks first; another is heard if it fails alone. An error
     # of another kind may follow from a rank that is gone: that rank is heard first.
     try:
-        _train(overrides, world_size, requests.is_asked)
+        _train(arguments, world_size, requests.is_asked)
     except DynMoEError as error:
         _wait(rank > 0 and world_size > 1, requests)
         print(f"[rank {rank}] {error}", file=sys.stderr)
@@ -121,14 +145,12 @@ def _lost_rank(error: Exception) -> str | None:
     )
 
 
-def _train(overrides: Sequence[str], world_size: int, should_stop: Callable[[], bool]) -> None:
+def _train(arguments: argparse.Namespace, world_size: int, should_stop: Callable[[], bool]) -> None:
     """Check the configuration against the ranks there are, then train.
 
     Raises: ConfigError for another number of ranks than configured.
     """
-    from dynmoe_ds.config.load import load_config
-
-    config = load_config(overrides)
+    config = _config(arguments)
     if config.parallel.num_ranks != world_size:
         raise ConfigError(
             f"parallel.num_ranks is {config.parallel.num_ranks} but the launcher started {world_size}. Add "
@@ -147,6 +169,13 @@ def _show_log(rank: int) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
+
+
+def _hide_known_noise() -> None:
+    """Of DeepSpeed 0.19 about its own calls, on every rank, at the first step; nothing a user can act on."""
+    for name, other in (("all_gather_into_tensor", "all_gather"), ("reduce_scatter_tensor", "reduce_scatter")):
+        text = re.escape(f"`torch.distributed.{name}` is deprecated. Please use `torch.distributed.{other}")
+        warnings.filterwarnings("ignore", message=text, category=FutureWarning)
 
 
 def _follow_launchers(requests: StopRequests) -> None:

@@ -7,18 +7,24 @@ from difflib import get_close_matches
 from importlib.resources import files
 
 CONFIG_MODULE = "dynmoe_configs"
-# No part of a run: `dynmoe plan` alone reads it.
+# No parts of a run: what hardware can do, for `dynmoe plan`, and where a job runs, for `dynmoe launch`.
 CLUSTER_GROUP = "cluster"
+LAUNCH_GROUP = "launch"
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
     """The options of every group of a run, `{"router": ("top_any", ...), ...}`, both in alphabetical order."""
-    return {group: options for group, options in _folders().items() if group != CLUSTER_GROUP}
+    return {group: options for group, options in _folders().items() if group not in (CLUSTER_GROUP, LAUNCH_GROUP)}
 
 
 def cluster_names() -> tuple[str, ...]:
     """The clusters that `dynmoe plan` knows, in alphabetical order."""
     return _folders()[CLUSTER_GROUP]
+
+
+def launch_names() -> tuple[str, ...]:
+    """The options of `dynmoe launch`'s own group, in alphabetical order."""
+    return _folders()[LAUNCH_GROUP]
 
 
 def _folders() -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -40,12 +41,15 @@ class _Overrides:
     values: tuple[tuple[str, Any], ...]
 
 
-def load_config(overrides: Sequence[str], config_name: str = "train") -> RunConfig:
+def load_config(overrides: Sequence[str], config_name: str = "train", *, check_files: bool | None = None) -> RunConfig:
     """The checked configuration of `<config_name>.yaml` under overrides such as `experiment=demo optim.lr=1e-3`.
 
     Without a `run_dir` the folder is the environment variable DYNMOE_RUN_DIR, which whatever starts several ranks must
     set, because ranks that start across the turn of a second would name two folders; else it is
     `runs/<experiment or config_name>-<date>-<time>`.
+
+    check_files: whether to look for the files that the configuration names; None for on rank 0 alone, which reads the
+    text, and makes the run folder, which it may have begun to fill when the others get here.
 
     Raises: ConfigError with every fault: unreadable overrides, unknown groups, options and keys, missing and wrong
     values, and combinations that cannot work.
@@ -63,10 +67,29 @@ def load_config(overrides: Sequence[str], config_name: str = "train") -> RunConf
     assert isinstance(plain, dict), type(plain)
     built = build_sections({str(key): value for key, value in plain.items()})
     faults += built.faults
-    # Rank 0 alone reads the text, and makes the folder, which it may have begun to fill when the others get here.
-    faults += find_faults_in(built.sections, check_files=os.environ.get("RANK", "0") == "0")
+    faults += find_faults_in(built.sections, check_files=_is_rank_zero() if check_files is None else check_files)
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
+    return built.run_config()
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The checked configuration of a file that `to_yaml` wrote, complete and with its `run_dir`.
+
+    Raises: ConfigError for a file that cannot be read, and with every fault, as `load_config`.
+    """
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read ({error.strerror}; from {Path.cwd()}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"The configuration {path} holds no keys. `dynmoe config` prints one.")
+    built = build_sections(plain)
+    faults = [*built.faults, *find_faults_in(built.sections, check_files=_is_rank_zero())]
+    if faults:
+        raise ConfigError(faults)
     return built.run_config()
 
 
@@ -191,6 +214,10 @@ def _default_run_dir(run_name: str, faults: list[str]) -> str:
             f"own. Give run_dir=FOLDER, or export {RUN_DIR_VARIABLE} before the launcher."
         )
     return f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _list(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -45,6 +45,8 @@ MIN_VOCAB_SIZE = 257
 SHARD_INDEX_FILE = "index.json"
 # Of dynmoe_ds.telemetry, as well.
 CHECKPOINT_FOLDER = "checkpoints"
+# Of dynmoe_ds.launching: made before the run, which is its own, started once or again.
+LAUNCH_FOLDER = "launch"
 
 
 def find_faults(config: RunConfig, *, check_files: bool = True) -> list[str]:
@@ -95,8 +97,9 @@ def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
         return
     path = Path(run_dir)
     if path.is_dir():
-        is_resumed = checkpoint.resume == "auto" and (path / CHECKPOINT_FOLDER).is_dir()
-        if any(path.iterdir()) and not is_resumed:
+        names = {entry.name for entry in path.iterdir()}
+        is_resumed = checkpoint.resume == "auto" and not names.isdisjoint((CHECKPOINT_FOLDER, LAUNCH_FOLDER))
+        if names - {LAUNCH_FOLDER} and not is_resumed:
             yield f"run_dir {run_dir!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
     elif path.exists():
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."

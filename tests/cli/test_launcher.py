@@ -110,7 +110,6 @@ def test_environment_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     base = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "3"}
     environment = rank_environment(base, num_ranks=3, run_dir="runs/x")
-    assert environment.pop("PYTHONWARNINGS").count("ignore:") == 2
     assert environment == {
         "PATH": "/bin",
         "DYNMOE_RUN_DIR": "runs/x",
@@ -119,10 +118,9 @@ def test_environment_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         "DS_ACCELERATOR": "cpu",
     }
     assert rank_environment({}, num_ranks=9, run_dir="runs/x")["OMP_NUM_THREADS"] == "1"
-    own = {"OMP_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "error::UserWarning"}
+    own = {"OMP_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true"}
     kept = rank_environment(own, num_ranks=2, run_dir="runs/x")
     assert (kept["OMP_NUM_THREADS"], kept["TOKENIZERS_PARALLELISM"]) == ("7", "true")
-    assert kept["PYTHONWARNINGS"].endswith(",error::UserWarning"), "later filters win, so the user's still count"
 
 
 def test_a_choice_of_gpus_in_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,17 +129,6 @@ def test_a_choice_of_gpus_in_the_environment_is_kept(monkeypatch: pytest.MonkeyP
     assert environment["CUDA_VISIBLE_DEVICES"] == "3,5"
     assert "DS_ACCELERATOR" not in environment
     assert "--num_gpus" not in launch_command([], environment, num_ranks=2), "the launcher would ignore the choice"
-
-
-def test_warnings_that_are_known_noise_are_quiet_and_others_are_not() -> None:
-    script = (
-        "import warnings\n"
-        "warnings.warn('`torch.distributed.all_gather_into_tensor` is deprecated. Please', FutureWarning)\n"
-        "warnings.warn('something new is deprecated', FutureWarning)\n"
-    )
-    environment = rank_environment(os.environ, num_ranks=1, run_dir="runs/x")
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "something new" in done.stderr and "all_gather_into_tensor" not in done.stderr
 
 
 def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

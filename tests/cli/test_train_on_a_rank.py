@@ -133,7 +133,19 @@ def test_the_log_is_rank_zeros_and_the_errors_of_the_others(rank: int, seen: str
     assert end(start(tmp_path, body.strip(), rank=rank)) == (0, "training\n", seen)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_warnings_of_deepspeed_about_its_own_calls_are_not_shown(tmp_path: Path) -> None:
+    body = """
+    import warnings
+    for old, new in (("all_gather_into_tensor", "all_gather_single"), ("other", "another")):
+        text = f"`torch.distributed.{old}` is deprecated. Please use `torch.distributed.{new}` instead."
+        warnings.warn(text, FutureWarning)
+    raise SystemExit(0)
+    """
+    _, _, complained = end(start(tmp_path, body.strip()))
+    assert "all_gather" not in complained and "`torch.distributed.other` is deprecated" in complained
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_ask_the_training_to_stop(number: int, tmp_path: Path) -> None:
     body = """
     while not should_stop():
@@ -149,6 +161,28 @@ def test_signals_that_ask_the_training_to_stop(number: int, tmp_path: Path) -> N
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)  # the launcher's, after the first rank has left
     assert end(process) == (85, "", "")
+
+
+def test_a_file_that_asks_the_training_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNMOE_STOP_FILE", f"{tmp_path}/stop")
+    process = start(tmp_path, "while not should_stop(): time.sleep(0.01)\n    raise SystemExit(85)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    (tmp_path / "stop").touch()
+    assert end(process) == (85, "", "")
+
+
+def test_what_slurm_started_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DYNMOE_RUN_DIR", f"{tmp_path}/run")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "dynmoe_ds", "train"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("[rank 1] parallel.num_ranks is 2 but the launcher started 4. Add parallel.num_ranks")
 
 
 def test_ctrl_c_ends_a_rank_that_was_asked_to_stop(tmp_path: Path) -> None:

@@ -260,6 +260,14 @@ def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path:
     assert find_faults(config) == [
         f"run_dir '{tmp_path}' exists and is not empty. Choose another `run_dir`, or move that folder away."
     ]
+    launched, never = tmp_path / "launch", changed(sound, run_dir=str(tmp_path), checkpoint__resume="never")
+    launched.mkdir()
+    assert find_faults(config) == [], "a job that failed before its first checkpoint, and starts again"
+    assert len(find_faults(never)) == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    assert find_faults(never) == [], "a job that starts for the first time"
+    launched.rmdir()
+    (tmp_path / "metrics.jsonl").write_text("")
     assert find_faults(config, check_files=False) == [], "another rank may come after the first has begun to write"
     as_file = changed(sound, run_dir=str(tmp_path / "metrics.jsonl"))
     assert find_faults(as_file) == [

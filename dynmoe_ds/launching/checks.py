@@ -1,0 +1,223 @@
+"""What makes a job fail after it was submitted, found before: ranks and nodes, batch, paths, programs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.launching.config import (
+    DNS_LABEL,
+    AnyLaunchConfig,
+    DeepSpeedConfig,
+    HostsConfig,
+    KubernetesConfig,
+    LocalConfig,
+    SlurmConfig,
+    TorchrunConfig,
+)
+from dynmoe_ds.launching.hostfile import read_hostfile
+from dynmoe_ds.launching.kubernetes import job_name
+from dynmoe_ds.launching.runs import Runs
+
+# Keys of the run's configuration that name a file or a folder, whatever section they are of.
+_PATH_KEYS = frozenset(
+    {
+        "path",
+        "held_out_path",
+        "image_folder",
+        "tokenizer",
+        "pretrained",
+        "vision_pretrained",
+        "text_pretrained",
+        "start",
+    }
+)
+_IMAGE_SUFFIXES = (".sqsh", ".sif")
+_PACKAGES = {
+    "sbatch": "Launch from a login node of the cluster",
+    "scontrol": "Launch from a login node of the cluster",
+    "kubectl": "Install it",
+    "pdsh": "Install the package pdsh",
+    "mpirun": "Install Open MPI (the package openmpi-bin)",
+    "ssh": "Install the package openssh-client",
+}
+
+
+def find_launch_faults(launch: AnyLaunchConfig, runs: Runs) -> list[str]:
+    """One sentence per reason why the job could not be submitted or would fail at its start; empty when there is none.
+
+    Which programs are there is left out: see `find_missing_programs`.
+    """
+    faults: list[str] = []
+    if not isinstance(launch, KubernetesConfig):  # whose files are on a volume that only pods see
+        for config in runs.configs:
+            faults += [fault for fault in _missing_paths(config) if fault not in faults]
+    match launch:
+        case LocalConfig():
+            pass
+        case HostsConfig():
+            faults += _hosts(launch, runs)
+        case SlurmConfig():
+            faults += _nodes(launch.nodes, launch.gpus_per_node, runs.num_ranks)
+            faults += _slurm(launch, runs)
+        case KubernetesConfig():
+            faults += _nodes(launch.nodes, launch.gpus_per_node, runs.num_ranks)
+            faults += _kubernetes(launch, runs)
+    return faults
+
+
+def find_missing_programs(launch: AnyLaunchConfig) -> list[str]:
+    """One sentence per program that the submission needs and that is not on the PATH."""
+    match launch:
+        case SlurmConfig():
+            needed: tuple[str, ...] = ("sbatch", "scontrol")
+        case KubernetesConfig():
+            needed = ("kubectl",)
+        case DeepSpeedConfig(runner="pdsh"):
+            needed = ("pdsh", "ssh")
+        case DeepSpeedConfig():
+            needed = ("mpirun",)
+        case TorchrunConfig(start="ssh"):
+            needed = ("ssh",)
+        case _:
+            needed = ()
+    return [
+        f"There is no {name} on the PATH. {_PACKAGES[name]}, or use --dry-run to see what would be submitted."
+        for name in needed
+        if shutil.which(name) is None
+    ]
+
+
+def with_global_batch(runs: Runs, size: int | None) -> Runs:
+    """The runs with the gradient accumulation that makes an optimiser step take `size` sequences; None changes nothing.
+
+    Raises: ConfigError where no whole number of micro steps does.
+    """
+    if size is None:
+        return runs
+    faults: list[str] = []
+    configs = []
+    for config in runs.configs:
+        training, ranks = config.training, config.parallel.num_ranks
+        at_once = training.micro_batch_size * ranks
+        if size % at_once:
+            below, above = size // at_once * at_once, (size // at_once + 1) * at_once
+            nearest = f"{below} or {above}" if below else f"{above}"
+            faults.append(
+                f"launch.global_batch_size is {size} but must be a multiple of the {at_once} sequences of a micro step "
+                f"({ranks} ranks of training.micro_batch_size {training.micro_batch_size}). Use {nearest}."
+            )
+        training = replace(training, gradient_accumulation_steps=max(size // at_once, 1))
+        configs.append(replace(config, training=training))
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return replace(runs, configs=tuple(configs))
+
+
+def _nodes(nodes: int, gpus_per_node: int, ranks: int) -> Iterator[str]:
+    if nodes < 1:
+        return  # reported by itself
+    if ranks % nodes:
+        yield (
+            f"parallel.num_ranks is {ranks} but must be a multiple of launch.nodes ({nodes}), so that every node has "
+            f"as many. Use {_multiples(ranks, nodes)}, or another number of nodes."
+        )
+    per_node = -(-ranks // nodes)
+    if gpus_per_node and per_node > gpus_per_node:
+        yield (
+            f"parallel.num_ranks is {ranks}, which is {per_node} per node, but there are only {gpus_per_node} GPUs per "
+            f"node x {nodes} {'node' if nodes == 1 else 'nodes'} = {gpus_per_node * nodes}. Use "
+            f"launch.nodes={-(-ranks // gpus_per_node)}, or parallel.num_ranks={gpus_per_node * nodes} with a "
+            "parallel.ep_size that divides it."
+        )
+
+
+def _multiples(value: int, base: int) -> str:
+    below, above = value // base * base, (value // base + 1) * base
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _hosts(launch: HostsConfig, runs: Runs) -> Iterator[str]:
+    if runs.is_sweep:
+        yield "A sweep is launched on hosts, which would run at the same time. Use launch=slurm or launch=local."
+    if launch.hostfile is None:
+        return  # reported by itself
+    hosts, faults = read_hostfile(Path(launch.hostfile))
+    yield from faults
+    if faults:
+        return
+    slots = sum(hosts.values())
+    if slots != runs.num_ranks:
+        yield (
+            f"parallel.num_ranks is {runs.num_ranks} but the {len(hosts)} hosts of {launch.hostfile} have {slots} slots"
+            f" together. Use parallel.num_ranks={slots}, or change the slots."
+        )
+    if isinstance(launch, TorchrunConfig) and len(set(hosts.values())) > 1:
+        yield (
+            f"The hosts of {launch.hostfile} have {_listed(hosts)} slots, but torchrun needs as many on each. Change "
+            "the slots, or use launch=hosts_pdsh."
+        )
+
+
+def _listed(hosts: Mapping[str, int]) -> str:
+    return ", ".join(f"{slots}" for slots in hosts.values())
+
+
+def _slurm(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
+    if launch.requeue and any(config.checkpoint.resume == "never" for config in runs.configs):
+        yield (
+            "launch.requeue is true but checkpoint.resume is never, so that the job would refuse its own run folder "
+            "when it starts again. Use checkpoint.resume=auto, or launch.requeue=false."
+        )
+    image = launch.image
+    if image is not None and (image.startswith(("/", "./", "../", "~")) or image.endswith(_IMAGE_SUFFIXES)):
+        if not Path(image).exists():
+            yield f"launch.image is {image!r}, which does not exist here ({Path.cwd()}). Correct the path."
+    elif launch.container == "apptainer" and image is not None and "://" not in image:
+        yield f"launch.image is {image!r}. Name a .sif file, or an address such as docker://{image}."
+    for mount in launch.mounts:
+        source = mount.partition(":")[0]
+        if source and not Path(source).exists():
+            yield f"launch.mounts names {source!r}, which does not exist here ({Path.cwd()}). Correct the path."
+    if launch.max_parallel is not None and not runs.is_sweep:
+        yield "launch.max_parallel is set but there is one run only. Leave it null, or give several values to sweep."
+
+
+def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
+    if runs.is_sweep:
+        yield "A sweep is launched on Kubernetes, which gets one job at a time. Launch its runs one by one."
+    name = job_name(launch, runs)
+    if not DNS_LABEL.fullmatch(name):
+        yield (
+            f"The run folder's name {name!r} cannot be a job's in Kubernetes. Set launch.job_name to small letters, "
+            "digits and '-'."
+        )
+    volume = Path(launch.volume_path)
+    for config in runs.configs:
+        if not Path(config.run_dir).is_relative_to(volume):
+            yield (
+                f"run_dir is {config.run_dir}, which is not below launch.volume_path ({volume}), so that it would be "
+                f"gone with the pods. Use run_dir={volume}/NAME."
+            )
+
+
+def _missing_paths(config: RunConfig) -> Iterator[str]:
+    """Of all files and folders that the configuration names. Relative ones are from here, where the job will be."""
+    for key, value in _paths(config, ""):
+        if not Path(value).exists():
+            yield f"{key} is {value!r}, which does not exist here ({Path.cwd()}). Correct the path."
+
+
+def _paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        key = f"{name}.{field.name}" if name else field.name
+        if is_dataclass(value):
+            yield from _paths(value, key)
+        elif field.name in _PATH_KEYS and isinstance(value, str):
+            yield key, value

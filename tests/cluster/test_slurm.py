@@ -1,0 +1,115 @@
+"""Jobs of a real Slurm with two virtual nodes: submitted, preempted, requeued, swept, refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import ROOT, RUN, dynmoe, environment, last_step, what_was_written
+from tests.cluster.virtual_slurm import VirtualSlurm
+
+pytestmark = pytest.mark.cluster
+
+# The virtual nodes have no names that resolve, and gloo would look for one.
+NODES = ("launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.environment=['GLOO_SOCKET_IFNAME=lo']")
+
+
+def launch(slurm: VirtualSlurm, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    own = {**environment(), **{k: slurm.environment[k] for k in ("SLURM_CONF", "PATH")}, **variables}
+    return subprocess.run(
+        dynmoe("launch", *NODES, *overrides), cwd=ROOT, env=own, capture_output=True, text=True, timeout=120
+    )
+
+
+def job_number(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("submitted job ")[1].partition(";")[0]
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    for name in ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs"):
+        spec = find_spec(name)
+        assert spec is not None and spec.submodule_search_locations
+        shutil.copytree(spec.submodule_search_locations[0], folder / name)
+    return folder
+
+
+def test_a_preempted_job_goes_on_with_its_own_code_and_ends_like_a_run_left_alone(
+    slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path
+) -> None:
+    code = copy_of_the_code(tmp_path / "code")
+    folder = tmp_path / "run"
+    paths = {"PYTHONPATH": f"{code}", "PYTHONSAFEPATH": "1"}
+    job = job_number(launch(slurm, *RUN, f"run_dir={folder}", **paths))
+    (code / "dynmoe_ds" / "__init__.py").write_text("raise SystemExit('edited after the submission')")
+    log = folder / "launch" / f"job-{job}.log"
+    slurm.wait_for(lambda: last_step(folder) >= 3, 180)
+
+    slurm.call("scancel", "--signal=USR1", "--batch", job)
+    slurm.wait_for(lambda: slurm.job(job).get("Restarts") == "1", 120)
+    stopped = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert 3 <= stopped < 60 and not (folder / "finished.json").exists()
+    assert slurm.wait_for_end(job) == "COMPLETED", log.read_text()[-4000:]
+
+    said = log.read_text()
+    assert f"Stopped after optimiser step {stopped}, as asked." in said and "edited" not in said
+    assert f"Going on from {folder}/checkpoints/step-{stopped:08}." in said, "one log, not written anew"
+    assert what_was_written(folder) == what_was_written(undisturbed)
+
+
+def test_a_node_that_fails_before_the_first_checkpoint(slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = job_number(launch(slurm, *RUN, "checkpoint.every_steps=null", f"run_dir={folder}"))
+    slurm.wait_for(lambda: last_step(folder) >= 3, 180)
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    slurm.wait_for(lambda: slurm.job(job).get("JobState") == "PENDING", 120)
+    slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # or it has come back by itself
+    assert slurm.wait_for_end(job) == "COMPLETED", (folder / "launch" / f"job-{job}.log").read_text()[-4000:]
+    assert what_was_written(folder) == what_was_written(undisturbed)
+
+
+def test_a_sweep_is_one_array_with_a_folder_for_each_run(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    done = launch(
+        slurm, *RUN, "launch.nodes=1", "parallel=single", "training.steps=20", "training.eval_every_steps=10",
+        "optim.lr=1e-3,1e-2", f"run_dir={folder}",
+    )  # fmt: skip
+    job = job_number(done)
+    assert done.stdout.splitlines()[1:] == ["run\toptim.lr", "0\t0.001", "1\t0.01"]
+    for number in (0, 1):
+        log = folder / "launch" / f"job-{job}_{number}.log"
+        assert slurm.wait_for_end(f"{job}_{number}") == "COMPLETED", log.read_text()[-4000:]
+        assert (folder / f"{number}" / "finished.json").exists()
+    rates = [yaml.safe_load((folder / f"{number}" / "config.yaml").read_text())["optim"]["lr"] for number in (0, 1)]
+    assert rates == [1e-3, 1e-2]
+    assert (folder / "sweep.tsv").read_text() == "run\toptim.lr\n0\t0.001\n1\t0.01\n"
+    first, second = (what_was_written(folder / f"{number}")["metrics"][-1] for number in (0, 1))
+    assert first["train/loss"] != second["train/loss"]
+
+
+def test_what_sbatch_refuses_is_said_in_its_words(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = launch(slurm, *RUN, "launch.partition=nowhere", f"run_dir={folder}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"dynmoe: sbatch refused {folder}/launch/job.sbatch:\n")
+    assert "invalid partition specified: nowhere" in done.stderr and "Nothing was submitted." in done.stderr
+
+
+def test_a_folder_is_of_one_job_at_a_time(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    held = (*RUN, "launch.sbatch_options=['--hold']", f"run_dir={folder}")
+    job = job_number(launch(slurm, *held))
+    again = launch(slurm, *held)
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"dynmoe: Job {job} was launched into {folder} and is PENDING. Wait for it, end it with `scancel {job}`, or "
+        "use another run_dir.\n",
+    )
+    slurm.call("scancel", job)
+    assert job_number(launch(slurm, *held)) != job
+    slurm.call("scancel", "-u", "root")

@@ -1,0 +1,105 @@
+"""Two hosts: the launchers across them, experts shared between them, a stop by a signal, and a cable that is pulled."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT, RUN, dynmoe, environment, last_step, what_was_written
+from tests.cluster.two_hosts import TwoHosts, why_not
+
+pytestmark = pytest.mark.cluster
+
+TIMEOUT_S = 20  # parallel.process_group_timeout_s of RUN
+KINDS = ("hosts_torchrun", "hosts_pdsh", "hosts_openmpi")
+_PROGRAM = {"hosts_torchrun": "ssh", "hosts_pdsh": "pdsh", "hosts_openmpi": "mpirun"}
+
+
+class Launch:
+    """`dynmoe launch` on the first host, with what it says in a file."""
+
+    def __init__(self, hosts: TwoHosts, kind: str, folder: Path) -> None:
+        if reason := why_not(_PROGRAM[kind]):
+            pytest.skip(reason)
+        own = [
+            f"launch={kind}", f"launch.hostfile={hosts.hostfile}", f"run_dir={folder}",
+            f"launch.ssh_options={list(hosts.ssh_options)}",
+            "launch.environment=['GLOO_SOCKET_IFNAME=eth0','DS_ACCELERATOR=cpu']",
+        ]  # fmt: skip
+        if kind == "hosts_openmpi":
+            own.append("launch.runner_options=['--allow-run-as-root','--mca','btl_tcp_if_include','eth0']")
+        self._log = folder.with_suffix(".log")
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                hosts.words(0, *dynmoe("launch", *own, *RUN)), cwd=ROOT, env=environment(), stdout=log, stderr=log
+            )
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def code(self, timeout_s: float = 300) -> int:
+        """Its exit code, for which it waits."""
+        return self.process.wait(timeout_s)
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    """Those of a test; what is left of them at its end is killed, and the ranks find that out."""
+    started: list[Launch] = []
+    yield started
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def start(launches: list[Launch], hosts: TwoHosts, kind: str, folder: Path) -> Launch:
+    launches.append(Launch(hosts, kind, folder))
+    return launches[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_shared_by_two_hosts_and_a_signal_stops_both(
+    kind: str, hosts: TwoHosts, undisturbed: Path, tmp_path: Path, launches: list[Launch]
+) -> None:
+    folder = tmp_path / "run"
+    before = [hosts.sent_bytes(number) for number in range(2)]
+    first = start(launches, hosts, kind, folder)
+    hosts.wait_for(lambda: last_step(folder) >= 3 or first.process.poll() is not None, 240)
+    assert [bool(hosts.trainers(number)) for number in range(2)] == [True, True], first.said()[-4000:]
+    first.process.send_signal(signal.SIGUSR1)
+    assert first.code() == 85, first.said()[-4000:]
+    assert "as asked" in first.said() and not (folder / "finished.json").exists()
+    hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1))
+
+    second = start(launches, hosts, kind, folder)
+    assert second.code() == 0, second.said()[-4000:]
+    assert "Going on from" in second.said()
+    assert what_was_written(folder) == what_was_written(undisturbed)
+    assert all(hosts.sent_bytes(number) - before[number] > 1_000_000 for number in range(2)), "rows travel"
+
+
+@pytest.mark.parametrize("kind", ("hosts_torchrun", "hosts_pdsh"))
+def test_a_host_that_is_cut_off_is_an_error_on_both_and_the_job_goes_on_later(
+    kind: str, hosts: TwoHosts, undisturbed: Path, tmp_path: Path, launches: list[Launch]
+) -> None:
+    folder = tmp_path / "run"
+    first = start(launches, hosts, kind, folder)
+    try:
+        hosts.wait_for(lambda: last_step(folder) >= 12 or first.process.poll() is not None, 240)
+        hosts.cut()
+        # The ranks after the timeout; then what started them, ssh after 15 s without an answer among it.
+        hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1), TIMEOUT_S + 60)
+        assert first.code(60) not in (0, 85), first.said()[-4000:]
+    finally:
+        hosts.mend()
+    assert f"Another rank did not take part within {TIMEOUT_S} s" in first.said(), first.said()[-4000:]
+    assert not (folder / "finished.json").exists()
+
+    second = start(launches, hosts, kind, folder)
+    assert second.code() == 0, second.said()[-4000:]
+    assert f"Going on from {folder}/checkpoints/step-000000" in second.said()
+    assert what_was_written(folder) == what_was_written(undisturbed)

@@ -1,0 +1,141 @@
+"""The manifests against the schemas of their custom resources, and what pods, operator and job must agree on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from dynmoe_ds.config.build import build
+from dynmoe_ds.errors import LaunchError
+from dynmoe_ds.launching.kubernetes import render, submit
+from tests.launching.helpers import launch_of, runs_of
+
+SCHEMAS = yaml.safe_load((Path(__file__).parent / "schemas.yaml").read_text())
+GPUS = ("parallel.num_ranks=8", "parallel.ep_size=4", "model.num_slots=4")
+
+
+def validate(manifest: Mapping[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS)
+    jsonschema.validate(manifest, {**SCHEMAS, "$ref": f"#/$defs/{manifest['kind']}"})
+
+
+def manifests(name: str, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    launch = launch_of(name, **{"claim": "shared", "nodes": 2, "gpus_per_node": 4} | values)
+    runs = runs_of(*GPUS, run_dir="/workspace/runs/first", check_files=False)
+    config_map, job = yaml.safe_load_all(render(launch, runs))
+    assert build(yaml.safe_load(config_map["data"]["config.yaml"])) == runs.configs[0]
+    return config_map, job
+
+
+@pytest.mark.parametrize("name", ["kubernetes", "kubernetes_mpi"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"nodes": 1, "gpus_per_node": 8}, {"gpus_per_node": 0, "cpus": 4, "memory_gib": 64}, {"job_name": "moe"}],
+)
+def test_the_schemas_are_met(name: str, values: dict[str, Any]) -> None:
+    for manifest in manifests(name, **values):
+        validate(manifest)
+
+
+def test_the_schemas_refuse_what_is_wrong() -> None:
+    _, job = manifests("kubernetes")
+    for path, value in (
+        (("kind",), "MPIJob"), (("spec", "pytorchReplicaSpecs", "Master", "restartPolicy"), "Sometimes"),
+        (("spec", "replicas"), 2), (("metadata", "name"), "My_Job"),
+        (("spec", "pytorchReplicaSpecs", "Master", "template", "spec", "containers", 0, "env", 0, "value"), 1),
+    ):  # fmt: skip
+        wrong = copy.deepcopy(job)
+        place = wrong
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        with pytest.raises(jsonschema.ValidationError):
+            validate(wrong)
+
+
+def pod_of(replicas: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    pod = replicas["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    return pod, container
+
+
+def test_every_pod_of_a_pytorch_job_runs_one_torchrun() -> None:
+    config_map, job = manifests("kubernetes", grace_s=90, restarts=3, environment=["NCCL_DEBUG=INFO"])
+    spec = job["spec"]
+    assert spec["runPolicy"]["backoffLimit"] == 3
+    assert {kind: of["replicas"] for kind, of in spec["pytorchReplicaSpecs"].items()} == {"Master": 1, "Worker": 1}
+    for replicas in spec["pytorchReplicaSpecs"].values():
+        pod, container = pod_of(replicas)
+        assert (container["name"], container["ports"][0]["name"]) == ("pytorch", "pytorchjob-port"), "the operator's"
+        assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
+        assert {"name": "NCCL_DEBUG", "value": "INFO"} in container["env"]
+        assert pod["terminationGracePeriodSeconds"] == 90
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes["config"]["configMap"]["name"] == config_map["metadata"]["name"]
+        assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == "shared"
+    assert list(manifests("kubernetes", nodes=1, gpus_per_node=8)[1]["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+
+
+def words_of(command: list[str], folder: Path, program: str, **variables: str) -> list[str]:
+    """What a pod's command calls `program` with, in an environment as the operator makes it."""
+    stand_in = folder / program
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR:$MASTER_PORT" "$@"\n')
+    stand_in.chmod(0o755)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    return subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_torchrun_understands_what_a_pod_calls_it_with(tmp_path: Path) -> None:
+    from torch.distributed.run import parse_args
+
+    _, container = pod_of(manifests("kubernetes")[1]["spec"]["pytorchReplicaSpecs"]["Worker"])
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first-master-0", "MASTER_PORT": "23456"}
+    words = words_of(container["command"], tmp_path, "python3", **given)
+    assert words[1:3] == ["-m", "torch.distributed.run"]
+    parsed = parse_args(words[3:])
+    assert (parsed.nnodes, parsed.node_rank, parsed.nproc_per_node) == ("2", 1, "4")
+    assert (parsed.master_addr, parsed.master_port, parsed.module) == ("first-master-0", 23456, True)
+    mount = next(one["mountPath"] for one in container["volumeMounts"] if one["name"] == "config")
+    assert [parsed.training_script, *parsed.training_script_args] == [
+        "dynmoe_ds", "train", "--config", f"{mount}/config.yaml",
+    ]  # fmt: skip
+
+
+def test_mpirun_starts_all_ranks_and_tells_them_where_the_first_one_is(tmp_path: Path) -> None:
+    spec = manifests("kubernetes_mpi", grace_s=120, environment=["NCCL_DEBUG=INFO"])[1]["spec"]
+    (tmp_path / "hostfile").write_text("first-worker-0.first.default.svc slots=4\nfirst-worker-1.first slots=4\n")
+    _, launcher = pod_of(spec["mpiReplicaSpecs"]["Launcher"])
+    words = words_of(launcher["command"], tmp_path, "mpirun", OMPI_MCA_orte_default_hostfile=f"{tmp_path}/hostfile")
+    assert words[0] == "first-worker-0.first.default.svc:23456"
+    line = shlex.join(words[1:])
+    assert "-np 8 " in line and "odls_base_sigkill_timeout 120 " in line
+    assert "-x MASTER_ADDR -x MASTER_PORT " in line and "-x NCCL_DEBUG " in line
+    assert line.endswith("python3 -u -m dynmoe_ds train --config /etc/dynmoe/config.yaml")
+    assert "resources" not in launcher, "GPUs are for the workers"
+    assert spec["slotsPerWorker"] == 4 and spec["mpiReplicaSpecs"]["Worker"]["replicas"] == 2
+    _, worker = pod_of(spec["mpiReplicaSpecs"]["Worker"])
+    assert worker["command"] == ["/usr/sbin/sshd", "-De"]
+
+
+def test_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text('#!/bin/sh\necho "$@"; cat > received\n')
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    launch, runs = launch_of("kubernetes", claim="a"), runs_of(run_dir="/workspace/a", check_files=False)
+    assert submit(launch, runs) == "create -f -\n"
+    assert Path("received").read_text() == render(launch, runs), "what --dry-run prints"
+    kubectl.write_text("#!/bin/sh\necho 'no matches for kind \"PyTorchJob\"' >&2; exit 1\n")
+    with pytest.raises(LaunchError, match='kubectl refused the job:\nno matches for kind "PyTorchJob"'):
+        submit(launch, runs)
