@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe_ds.cli.config_page import config_page
 from dynmoe_ds.config.groups import config_groups
 from dynmoe_ds.config.load import load_config, to_plain
-from dynmoe_ds.config.reference import reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -25,10 +25,8 @@ def rows() -> dict[str, list[list[str]]]:
 
 
 def test_the_page_is_current() -> None:
-    if PAGE.read_text() != reference():
-        pytest.fail(
-            "docs/configuration.md is not current: python -m dynmoe_ds.config.reference > docs/configuration.md"
-        )
+    if PAGE.read_text() != config_page():
+        pytest.fail("docs/configuration.md is not current: python -m dynmoe_ds.cli.config_page > docs/configuration.md")
 
 
 def leaves(plain: object, path: str = "") -> list[str]:

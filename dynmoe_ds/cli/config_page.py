@@ -1,6 +1,6 @@
-"""The page docs/configuration.md: every key of a run's configuration, from the schema and the committed files.
+"""The page docs/configuration.md: every key of runs and launches, from the schema and the committed files.
 
-python -m dynmoe_ds.config.reference > docs/configuration.md
+python -m dynmoe_ds.cli.config_page > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import Any, Literal
 import yaml
 
 from dynmoe_ds.config.build import expected
-from dynmoe_ds.config.groups import CONFIG_MODULE, config_groups
+from dynmoe_ds.config.groups import CONFIG_MODULE, LAUNCH_GROUP, config_groups, launch_names
 from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.routing import RouterConfig, router_config, router_names
 
 _HEAD = """# Configuration
 
-Every key of a run. Written by `python -m dynmoe_ds.config.reference` from the schema (`dynmoe_ds/config/schema.py`,
-`routing/`, `adaptation/config.py`) and the files in `configs/`; a test fails when it is not current.
+Every key of a run and, at the end, of `dynmoe launch`. Written by `python -m dynmoe_ds.cli.config_page` from the schema
+(`dynmoe_ds/config/schema.py`, `routing/`, `adaptation/config.py`, `launching/config.py`) and the files in `configs/`; a
+test fails when it is not current.
 
-`GROUP=OPTION` takes a file, such as `router=top_p` for `configs/router/top_p.yaml`; `SECTION.KEY=VALUE` sets one value;
+`GROUP=OPTION` takes a file, such as `router=top_p` for `configs/router/top_p.yaml`; `SECTION.KEY=VALUE` sets a value;
 `dynmoe config OVERRIDES` prints what comes out. An experiment is a set of such choices. A key without a default must be
 given by a file or on the command line. **In the files** is what the options of the group set, where one of them sets
 it: `option: value`, in bold the option that is taken without any choice, and `others` where all that are not named
@@ -44,7 +46,7 @@ class Option:
     values: Mapping[str, Any]
 
 
-def reference() -> str:
+def config_page() -> str:
     """The whole page."""
     return "\n".join([_HEAD, *_experiments(), *_top_level(), *_sections()]) + "\n"
 
@@ -73,25 +75,28 @@ def _top_level() -> Iterator[str]:
 def _sections() -> Iterator[str]:
     hints = typing.get_type_hints(RunConfig)
     for field in fields(RunConfig):
-        classes = _classes(hints[field.name])
-        if not classes:
-            continue
-        options = _options(field.name)
-        yield f"## {field.name}"
-        yield ""
-        for option in options:
-            yield f"- `{field.name}={option.name}`: {option.comment}"
-        yield ""
-        for cls in classes:
-            of_class = [option for option in options if len(classes) == 1 or _is_of(option, cls)]
-            if len(classes) > 1:
-                yield f"### {field.name}: {', '.join(f'`{name}`' for name in _names(cls))}"
-                yield ""
-            yield _told(cls)
+        if classes := _classes(hints[field.name]):
+            yield from _section(field.name, classes)
+    yield from _section(LAUNCH_GROUP, _classes(AnyLaunchConfig))
+
+
+def _section(name: str, classes: list[type]) -> Iterator[str]:
+    options = _options(name)
+    yield f"## {name}"
+    yield ""
+    for option in options:
+        yield f"- `{name}={option.name}`: {option.comment}"
+    yield ""
+    for cls in classes:
+        of_class = [option for option in options if len(classes) == 1 or _is_of(option, cls)]
+        if len(classes) > 1:
+            yield f"### {name}: {', '.join(f'`{one}`' for one in _names(cls))}"
             yield ""
-            yield from _head("key", "type", "default", "in the files")
-            yield from _rows(cls, f"{field.name}.", [option for option in of_class if option.values])
-            yield ""
+        yield _told(cls)
+        yield ""
+        yield from _head("key", "type", "default", "in the files")
+        yield from _rows(cls, f"{name}.", [option for option in of_class if option.values])
+        yield ""
 
 
 def _classes(hint: Any) -> list[type]:
@@ -168,7 +173,8 @@ def _chosen() -> frozenset[str]:
 
 
 def _options(group: str) -> list[Option]:
-    return [_option(group, name) for name in config_groups().get(group, ())]
+    names = launch_names() if group == LAUNCH_GROUP else config_groups().get(group, ())
+    return [_option(group, name) for name in names]
 
 
 def _option(group: str, name: str) -> Option:
@@ -206,4 +212,4 @@ def _row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(config_page())
