@@ -142,8 +142,10 @@ def _rank_command(launch: SlurmConfig, runs: Runs) -> str:
     python = launch.python or (sys.executable if launch.container == "none" else "python3")
     # Without PYTHONSAFEPATH the folder of the submission would come before the job's own code.
     path = f'PYTHONPATH={shlex.quote(f"{code_folder(runs)}")}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    # Where there is one task `dynmoe train` would start its ranks itself.
+    only = "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 " if runs.num_ranks == 1 else ""
     config = f'"$run"/{config_file("").as_posix()}'
-    return f"{inside}env PYTHONSAFEPATH=1 {path} {shlex.quote(python)} -u -m dynmoe_ds train --config {config}"
+    return f"{inside}env {only}PYTHONSAFEPATH=1 {path} {shlex.quote(python)} -u -m dynmoe_ds train --config {config}"
 
 
 def _mounts(launch: SlurmConfig, runs: Runs) -> list[str]:

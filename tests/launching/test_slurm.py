@@ -78,6 +78,12 @@ def test_the_runs_of_a_sweep_have_their_own_folders(tmp_path: Path) -> None:
     assert said == f"{tmp_path}/s/1/launch/config.yaml\n"
 
 
+def test_the_only_rank_is_started_as_one(tmp_path: Path) -> None:
+    script = render(launch_of("slurm"), runs_of("parallel=single"))
+    _, said = end(start(tmp_path, script, 'shift 5; "${@:1:5}" bash -c "echo \\$RANK/\\$WORLD_SIZE \\$LOCAL_RANK"'))
+    assert said == "0/1 0\n"
+
+
 @pytest.mark.parametrize(("code", "requeue", "is_requeued"), [(85, True, True), (85, False, False), (1, True, False)])
 def test_only_a_run_with_a_checkpoint_is_requeued(code: int, requeue: bool, is_requeued: bool, tmp_path: Path) -> None:
     script = render(launch_of("slurm", requeue=requeue), runs_of())
