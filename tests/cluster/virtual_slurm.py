@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -100,9 +101,13 @@ class VirtualSlurm:
         end = time.monotonic() + 20
         munged = self.folder / "munge" / "pid"
         if munged.exists():
-            os.kill(int(munged.read_text()), 15)
+            os.kill(int(munged.read_text()), signal.SIGTERM)
         while any(map(_runs, pids)) and time.monotonic() < end:
             time.sleep(0.1)
+        # A step whose controller is gone tries for ever to report its end.
+        for pid in self._left_over():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def call(self, *command: str, check: bool = True) -> str:
@@ -129,6 +134,16 @@ class VirtualSlurm:
         while not condition():
             assert time.monotonic() < end, f"{timeout_s} s have passed; {self.call('squeue', check=False)}"
             time.sleep(0.2)
+
+    def _left_over(self) -> list[int]:
+        """Processes that were started with this cluster's configuration."""
+        ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if ours in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
 
     def _start_munge(self) -> None:
         """With a key, a socket and a log of its own: another munged of this machine is left alone."""
