@@ -28,8 +28,8 @@ from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.load import load_config, to_yaml
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.data import load_pretrained_tokenizer
+from dynmoe_ds.harness import lm_eval as adapter
 from dynmoe_ds.harness.harness_model import HarnessModel
-from dynmoe_ds.integrations import lm_eval as adapter
 from dynmoe_ds.models import count_flops, count_parameters, dense_model
 from dynmoe_ds.training.tasks import build_task
 from tests.helpers.vision_language import tiny_run, write_digits
