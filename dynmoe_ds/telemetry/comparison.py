@@ -185,7 +185,9 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _told(settings: Mapping[str, Any], key: str) -> str:
-    return str(settings[key]) if key in settings else "–"
+    """The value; a dash for one that is null, or that other kinds of a section have."""
+    value = settings.get(key)
+    return "–" if value is None else str(value)
 
 
 def _share_table(shares: Mapping[str, Mapping[str, float]]) -> str:
@@ -208,16 +210,23 @@ def _draw(histories: Mapping[str, RunHistory], shares: Mapping[str, Mapping[str,
         live = {run: total for run, one in histories.items() if (total := _live_total(one)).steps}
         if live:
             caption = "Live experts of all layers together."
-            yield _curves("live_experts", "Live experts", "live experts", caption, live, list(histories))
+            yield _curves("live_experts", "Live experts", "live experts", caption, live, list(histories), "steps-post")
 
 
 def _curves(
-    name: str, title: str, axis: str, caption: str, series: Mapping[str, Series], runs: Sequence[str]
+    name: str,
+    title: str,
+    axis: str,
+    caption: str,
+    series: Mapping[str, Series],
+    runs: Sequence[str],
+    drawstyle: str = "default",
 ) -> Picture:
     """One line per run, each in the colour that it has in all pictures."""
     drawn, axes = new_figure(3.6)
     for run, values in series.items():
-        plot(axes, calmed(values), color=LAYER_COLOURS[runs.index(run)], linewidth=1.6, label=run)
+        style = {"color": LAYER_COLOURS[runs.index(run)], "linewidth": 1.6, "drawstyle": drawstyle}
+        plot(axes, calmed(values), label=run, **style)
     axes.set_xlabel(STEP_LABEL)
     axes.set_xlim(left=0)
     whole_numbers(axes.xaxis)

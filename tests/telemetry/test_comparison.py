@@ -24,7 +24,10 @@ def rows(text: str) -> list[list[str]]:
 def two_runs(folder: Path) -> list[Path]:
     dynamic = write_fake_run(folder / "dynamic", steps=120, exact_match={"": 0.625, "which": 0.75, "sum": 0.5})
     dense = write_fake_run(folder / "dense", steps=60, num_layers=0, exact_match={"": 0.25, "which": 0.25})
-    (dense / CONFIG_FILE).write_text("seed: 0\nmodel:\n  hidden_size: 64\n  note: a < b & c\n")
+    (dense / CONFIG_FILE).write_text("seed: 0\nmodel: {hidden_size: 64, note: a < b & c}\nadaptation: null\n")
+    (dynamic / CONFIG_FILE).write_text(
+        "seed: 0\nmodel: {hidden_size: 128, note: a < b & c}\nadaptation: {rule: paper}\nrouter: {k_max: null}\n"
+    )
     return [dynamic, dense]
 
 
@@ -47,7 +50,9 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert told["mean k"] == f"{history.series['moe/mean_k'].values[-1]:.2f}"
     assert told["live experts by layer"] == ", ".join(f"{layer.live.values[-1]:.0f}" for layer in history.layers)
     assert by_name["model.hidden_size"] == ["128", "64"]
+    assert by_name["adaptation.rule"] == ["paper", "–"]
     assert "seed" not in by_name and "model.note" not in by_name  # the same in both
+    assert "router.k_max" not in by_name  # null and absent
     assert ["answered exactly", "all", "sum", "which"] in found
     assert ["dynamic", "62.5%", "50.0%", "75.0%"] in found
     assert ["dense", "25.0%", "–", "25.0%"] in found
