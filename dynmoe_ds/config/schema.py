@@ -300,10 +300,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:
-    """Where the numbers go beside the run folder's JSON lines."""
+    """Where the numbers go beside the run folder's JSON lines.
+
+    wandb_mode: of Weights & Biases. tensorboard: whether `tensorboard/` in the run folder has them, too.
+    """
 
     wandb_mode: Literal["offline", "online", "disabled"]
     wandb_project: str
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,14 @@ from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.telemetry.events import EventDict, describe_event
 from dynmoe_ds.telemetry.metrics import Metric
 from dynmoe_ds.telemetry.run_folder import RunFolder
+from dynmoe_ds.telemetry.tensorboard import TensorBoardTracker, require_tensorboard
 
 logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
 WANDB_INIT_TIMEOUT_S = 60
 LAYERS_ON_PROGRESS_LINE = 8
+WANDB_ID_FILE = "wandb/run_id"
 LIVE_EXPERTS_PREFIX = "moe/live_experts/"
 
 
@@ -153,8 +156,9 @@ class ConsoleTracker:
 class WandbTracker:
     """Metrics, configuration and a table of adaptation events for Weights & Biases, inside the run folder.
 
-    wandb is imported here and not before. Whatever goes wrong inside it is logged once as a warning, after which the
-    tracker does nothing: training never stops for it.
+    A run that is started again goes on in the same run there, by an id that its folder keeps. Runs in one folder, such
+    as those of stages or of a sweep, are a group of its name. wandb is imported here and not before. Whatever goes
+    wrong inside it is logged once as a warning, after which the tracker does nothing: training never stops for it.
 
     Raises: ConfigError where wandb is not installed.
     """
@@ -172,6 +176,10 @@ class WandbTracker:
                 project=project,
                 mode=mode,
                 dir=str(run_dir),
+                id=_kept_id(Path(run_dir) / WANDB_ID_FILE),
+                resume="allow",
+                name=Path(run_dir).resolve().name,
+                group=Path(run_dir).resolve().parent.name,
                 config=dict(config),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_INIT_TIMEOUT_S),
             )
@@ -220,6 +228,14 @@ class WandbTracker:
         )
 
 
+def _kept_id(file: Path) -> str:
+    """The id in a file, which is written if it is not there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
 def require_wandb(mode: WandbMode) -> None:
     """Check that wandb can be used as asked for. Raises: ConfigError for an unknown mode or a missing package."""
     if mode not in ("offline", "online", "disabled"):
@@ -239,19 +255,26 @@ def build_trackers(
     total_steps: int,
     wandb_mode: WandbMode,
     wandb_project: str,
+    tensorboard: bool = False,
+    first_step: int = 0,
     stream: TextIO | None = None,
 ) -> list[Tracker]:
     """The trackers of this rank: all on rank 0, none elsewhere. `folder` is None where the rank is not 0.
 
-    Raises: ConfigError on every rank where wandb is asked for and missing.
+    first_step: the optimiser step after which the run begins. Raises: ConfigError on every rank where wandb or
+    TensorBoard is asked for and missing.
     """
     require_wandb(wandb_mode)
+    if tensorboard:
+        require_tensorboard()
     if rank != 0:
         return []
     assert folder is not None, f"rank {rank} writes the run folder but folder is {folder}"
     trackers: list[Tracker] = [JsonLinesTracker(folder), ConsoleTracker(total_steps, stream)]
     if wandb_mode != "disabled":
         trackers.append(WandbTracker(folder.path, config, wandb_project, wandb_mode))
+    if tensorboard:
+        trackers.append(TensorBoardTracker(folder.path, first_step))
     return trackers
 
 

@@ -84,6 +84,8 @@ class RunLog:
             total_steps=config.training.steps,
             wandb_mode=config.telemetry.wandb_mode,
             wandb_project=config.telemetry.wandb_project,
+            tensorboard=config.telemetry.tensorboard,
+            first_step=first_step,
             stream=stream,
         )
 

@@ -17,6 +17,7 @@ import pytest
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.telemetry.metrics import Metric
 from dynmoe_ds.telemetry.run_folder import RunFolder, read_adaptation, read_metrics
+from dynmoe_ds.telemetry.tensorboard import TensorBoardTracker
 from dynmoe_ds.telemetry.trackers import (
     ConsoleTracker,
     JsonLinesTracker,
@@ -225,6 +226,55 @@ def test_wandb_offline_fills_the_run_folder_and_talks_to_nobody(
     assert b"seed" in recorded.read_bytes()
     (table,) = run.rglob("*.table.json")
     assert "grew expert 4 (copy_nearest of 2)" in json.loads(table.read_text())["data"][0][1]
+
+
+def test_wandb_goes_on_in_the_same_run_of_the_same_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **options: given.append(options) or FailingRun())
+    for name in ("a", "a", "b"):
+        WandbTracker(tmp_path / "sweep" / name, {}, "project", "offline")
+    assert given[0]["id"] == given[1]["id"] != given[2]["id"] and len(given[0]["id"]) == 16
+    assert [options["name"] for options in given] == ["a", "a", "b"]
+    assert {(options["group"], options["resume"]) for options in given} == {("sweep", "allow")}
+
+
+def written(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def test_tensorboard_has_curves_and_adaptations_and_forgets_what_is_done_again(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path)
+    for step in (10, 20, 30):
+        tracker.log(step, metrics(train__loss=step / 10))
+    tracker.log_event(event())
+    tracker.close()
+    found = written(tmp_path)
+    assert [(one.step, one.value) for one in found.Scalars("train/loss")] == [(10, 1.0), (20, 2.0), (30, 3.0)]
+    (text,) = found.Tensors("adaptation/events/text_summary")
+    assert text.step == event()["step"] and b"grew expert 4" in text.tensor_proto.string_val[0]
+    again = TensorBoardTracker(tmp_path, first_step=20)
+    again.log(30, metrics(train__loss=7.0))
+    again.close()
+    assert [(one.step, one.value) for one in written(tmp_path).Scalars("train/loss")] == [
+        (10, 1.0),
+        (20, 2.0),
+        (30, 7.0),
+    ]
+
+
+def test_a_missing_tensorboard_is_an_error_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
+    common: dict[str, Any] = {"rank": 1, "folder": None, "config": {}, "total_steps": 1, "wandb_project": "p"}
+    with pytest.raises(
+        ConfigError, match=r"telemetry.tensorboard is true but .*not installed.*dynmoe-ds\[tensorboard\]"
+    ):
+        build_trackers(**common, wandb_mode="disabled", tensorboard=True)
+    assert build_trackers(**common, wandb_mode="disabled") == []
 
 
 class FailingRun:
