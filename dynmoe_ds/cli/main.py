@@ -21,6 +21,7 @@ from dynmoe_ds.cli import (
     stages,
     tokenize,
     train,
+    watch,
 )
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
 from dynmoe_ds.errors import DynMoEError
@@ -39,6 +40,7 @@ _EXAMPLES = """examples:
   dynmoe evaluate runs/demo                          what a trained model's held-out data say, once more
   dynmoe generate runs/demo --prompt "The "          let it write
   dynmoe report runs/demo runs/other                 compare runs in one web page
+  dynmoe watch runs/demo                             a run in the browser while it goes on
   dynmoe inspect runs/demo/checkpoints               what is in the latest checkpoint of a run
   dynmoe doctor                                      check this machine
 """
@@ -55,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     before = (train, launch, stages, config, plan, tokenize, data, doctor)
-    after = (evaluate, generate, export, report, inspect)
+    after = (evaluate, generate, export, report, watch, inspect)
     for verb in (*before, *after):
         verb.add_verb(verbs)
     return parser

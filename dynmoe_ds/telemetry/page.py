@@ -37,14 +37,15 @@ details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 """
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """A whole page; empty sections are left out."""
+def page(title: str, sections: Iterable[str], refresh_s: float | None = None) -> str:
+    """A whole page; empty sections are left out. refresh_s: after how long a browser asks for it again."""
+    refresh = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s:g}">\n'
     title = html.escape(title)
     body = "\n".join(section for section in (f"<h1>{title}</h1>", *sections) if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE_SHEET}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"{refresh}<title>{title}</title>\n<style>{STYLE_SHEET}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 

@@ -44,7 +44,13 @@ def write_report(run_dir: str | Path, *, write_pictures: bool = False) -> Path:
     return report
 
 
-def _page(path: Path, history: RunHistory, pictures: Sequence[Picture]) -> str:
+def report_text(run_dir: Path, refresh_s: float | None = None) -> str:
+    """The page as text, which a browser asks for again after `refresh_s`. Raises: as `write_report`."""
+    history = read_history(run_dir)
+    return _page(run_dir, history, list(draw_pictures(history)), refresh_s)
+
+
+def _page(path: Path, history: RunHistory, pictures: Sequence[Picture], refresh_s: float | None = None) -> str:
     return page(
         f"Run {path.resolve().name}",
         (
@@ -60,6 +66,7 @@ def _page(path: Path, history: RunHistory, pictures: Sequence[Picture]) -> str:
             _folded("Configuration", path / CONFIG_FILE),
             _folded("Versions", path / VERSIONS_FILE),
         ),
+        refresh_s,
     )
 
 
