@@ -21,7 +21,10 @@ commands = [Command(host="", words=("bash", "-c", line), environment={"RUN": fol
 sys.exit(supervise(commands, Path(folder), grace_s=1.0))
 """
 HERE = "touch $RUN/here-$BASHPID; "
-UNTIL_ASKED = HERE + 'until [ -e "$RUN/stop" ]; do sleep 0.05; done; echo 85 > "$RUN/exit_code"; exit 1'
+# A minute at most: nothing of an interrupted test goes on.
+UNTIL_ASKED = HERE + (
+    'for _ in {1..1200}; do [ -e "$RUN/stop" ] && break; sleep 0.05; done; echo 85 > "$RUN/exit_code"; exit 1'
+)
 
 
 def start(folder: Path, *lines: str) -> subprocess.Popen[bytes]:
