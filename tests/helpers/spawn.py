@@ -23,16 +23,20 @@ import torch.distributed as dist
 # Before the fork server imports DeepSpeed, which then keeps the accelerator that it finds.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+_CONTEXT = mp.get_context("forkserver")
 # Ranks fork from a server that has imported the slow packages once, so a rank starts in milliseconds. The last three
 # are what DeepSpeed imports when an engine is made: with them torch's compiler, 2 s of every rank.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "dynmoe_ds.export", "tests.helpers.models", "pytest", "torch.distributed.checkpoint",
-        "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-    ]
-)  # fmt: skip
+_PRELOADED = [
+    "dynmoe_ds.export", "tests.helpers.models", "pytest", "torch.distributed.checkpoint",
+    "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # fmt: skip
+
+
+def _process(**of_process: Any) -> BaseProcess:
+    """A process of the server. There is one in all of Python, and benchmarks name other packages when imported."""
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
+    return _CONTEXT.Process(**of_process, daemon=True)
 
 
 class RankFailed(AssertionError):
@@ -49,9 +53,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
-                target=_run, args=(function, rank, world_size, f"{folder}/store", sender, args), daemon=True
-            )
+            process = _process(target=_run, args=(function, rank, world_size, f"{folder}/store", sender, args))
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -73,7 +75,7 @@ def start_rank(
     What it returns comes through the pipe as (True, value), or (False, traceback). The caller kills the process.
     """
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run_alone, args=(function, rank, world_size, port, sender, args), daemon=True)
+    process = _process(target=_run_alone, args=(function, rank, world_size, port, sender, args))
     process.start()
     sender.close()
     return receiver, process
