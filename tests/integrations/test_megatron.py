@@ -69,7 +69,7 @@ def test_the_layer_takes_sizes_and_dtype_from_megatron_and_whatever_else_it_is_t
 @needs_megatron
 def test_padding_is_told_in_megatrons_way() -> None:
     """Its mask is [B, L] and True for padding, beside hidden states [L, B, D]."""
-    settings = {"num_experts": 2, "num_slots": 4, "seed": 3}
+    settings = {"num_experts": 2, "num_slots": 4, "seed": 3, "router": "top_k"}  # no token goes without
     layer = MegatronMoELayer(_transformer_config(), settings)
     plain = dm.MoELayer(hidden_size=8, ffn_hidden_size=12, **settings)
     x = torch.randn(3, 2, 8)
