@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,10 +27,12 @@ def communication(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     if not _RUNNING or dist.get_world_size(group) == 1:
         yield
         return
-    with ExitStack() as stack:
-        for clock in _RUNNING:
-            stack.enter_context(clock.stall("communication"))
+    begun = [(clock, clock.begin()) for clock in _RUNNING]
+    try:
         yield
+    finally:
+        for clock, begin in begun:
+            clock.end("communication", begin)
 
 
 class StallClock:
@@ -61,17 +63,26 @@ class StallClock:
     @contextmanager
     def stall(self, cause: Cause) -> Iterator[None]:
         """Around what the computation waits for. One inside another is a part of it, and not counted by itself."""
-        begin = None if self._is_stalled else self._timer.mark()
-        if begin is None:
-            yield
-            return
-        self._is_stalled = True
+        begin = self.begin()
         try:
             yield
         finally:
-            self._is_stalled = False
-            self._under_way.append((cause, begin, self._timer.mark()))
-            self._read(only_passed=True)
+            self.end(cause, begin)
+
+    def begin(self) -> Any:
+        """The mark for `end`; None where nothing is to be counted. `stall` is easier to use right."""
+        if self._is_stalled or (mark := self._timer.mark()) is None:
+            return None
+        self._is_stalled = True
+        return mark
+
+    def end(self, cause: Cause, begin: Any) -> None:
+        """End the stall that `begin` began."""
+        if begin is None:
+            return
+        self._is_stalled = False
+        self._under_way.append((cause, begin, self._timer.mark()))
+        self._read(only_passed=True)
 
     def take(self) -> dict[Cause, list[float]]:
         """The seconds of every stall since the last call, by cause and in order. Waits for the device."""

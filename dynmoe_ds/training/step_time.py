@@ -28,7 +28,7 @@ def step_time_metrics(
     stalls is communication, and what the others stand still longer is waiting for that last rank. A rank that has
     taken less time than another one waits for it at the log line.
 
-    Collective: one all-gather of three numbers, and an all-reduce of as many as there were stalls.
+    Collective: one all-gather of four numbers, and an all-reduce of as many as there were stalls.
     """
     own = [float(len(stalls["communication"])), elapsed_s, sum(stalls["communication"]), sum(stalls["data"])]
     per_rank_s = torch.stack(_gather(torch.tensor(own, dtype=torch.float64, device=device))).cpu()

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe_ds.telemetry.comparison import write_comparison
 from dynmoe_ds.telemetry.history import read_history
 from dynmoe_ds.telemetry.pictures import draw_pictures
 from dynmoe_ds.telemetry.report import write_report
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from dynmoe_ds.telemetry.time_pictures import PARTS, time_shares
+from tests.telemetry.fake_run import write_fake_run
+from tests.telemetry.test_comparison import rows
 from tests.telemetry.test_report import facts
 
 LAYERS = ("layers.0.mlp", "layers.2.mlp")
@@ -48,6 +51,10 @@ def test_time_and_imbalance_are_drawn_and_told(tmp_path: Path) -> None:
     told = facts(write_report(path).read_text())
     assert told["of a step's time, computing"] == "72%"  # of 72.5
     assert told["most memory of a rank"] == "2.50 GiB"
+    page = write_comparison([path, write_fake_run(tmp_path / "older", steps=20)], tmp_path / "both.html").read_text()
+    found = rows(page)
+    columns = [found[0].index(name) for name in ("of a step computing", "most memory (GiB)")]
+    assert [[row[column] for column in columns] for row in found[1:3]] == [["72%", "2.50"], ["–", "–"]]
     lines[40] |= times(0.1, 0.8, 0.0, 0.1)
     other = {picture.name: picture for picture in draw_pictures(read_history(run(tmp_path / "b", lines)))}
     assert other["step_time"].png != drawn["step_time"].png
