@@ -45,6 +45,7 @@ MIN_VOCAB_SIZE = 257
 SHARD_INDEX_FILE = "index.json"
 # Of dynmoe_ds.telemetry, as well.
 CHECKPOINT_FOLDER = "checkpoints"
+OWNER_FILE = "owner.json"
 # Of dynmoe_ds.launching: made before the run, which is its own, started once or again.
 LAUNCH_FOLDER = "launch"
 
@@ -99,7 +100,7 @@ def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         is_resumed = checkpoint.resume == "auto" and not names.isdisjoint((CHECKPOINT_FOLDER, LAUNCH_FOLDER))
-        if names - {LAUNCH_FOLDER} and not is_resumed:
+        if names - {LAUNCH_FOLDER, OWNER_FILE} and not is_resumed:
             yield f"run_dir {run_dir!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
     elif path.exists():
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."
