@@ -11,6 +11,8 @@ import yaml
 
 from dynmoe_ds.cli import train
 from dynmoe_ds.cli.main import main
+from dynmoe_ds.launching import checks
+from dynmoe_ds.telemetry.run_owner import RunOwnership
 
 SMOKE = ["experiment=smoke", "telemetry=disabled"]
 
@@ -111,6 +113,24 @@ def test_a_sweep_here_is_one_run_after_the_other(monkeypatch: pytest.MonkeyPatch
     failing.codes = [3, 0]
     monkeypatch.setattr(train, "run", failing)
     assert main(sweep) == 3 and len(failing.configs) == 1
+
+
+@pytest.mark.parametrize("own", [[], ["launch=hosts_pdsh"], ["launch=hosts_torchrun", "launch.start=print"]], ids=str)
+def test_a_folder_that_a_run_writes_into_is_left_alone(
+    own: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr(checks, "find_missing_programs", lambda launch: [])
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    ownership = RunOwnership(tmp_path / "runs" / "a")
+    assert ownership.try_take()
+    try:
+        assert main(["launch", *own, *SMOKE, "run_dir=runs/a"]) == 2
+    finally:
+        ownership.release()
+    said = capsys.readouterr()
+    assert said.out == "" and f"run_dir '{tmp_path}/runs/a' is in use by process {os.getpid()} on " in said.err
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["checkpoints"]
 
 
 def test_the_commands_of_hosts_are_printed_for_hands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

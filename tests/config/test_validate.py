@@ -256,6 +256,8 @@ def test_each_fault_of_indexed_data(sound: RunConfig, changes: dict[str, Any], m
 def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path: Path) -> None:
     config = changed(sound, run_dir=str(tmp_path))
     assert find_faults(config) == []
+    (tmp_path / "owner.json").write_text("")
+    assert find_faults(config) == [], "of a run that was killed before it wrote anything"
     (tmp_path / "metrics.jsonl").write_text("")
     assert find_faults(config) == [
         f"run_dir '{tmp_path}' exists and is not empty. Choose another `run_dir`, or move that folder away."
