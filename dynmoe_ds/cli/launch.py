@@ -69,10 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError with every fault of the run's overrides and the verb's own; LaunchError if it is refused.
     """
+    from dynmoe_ds.cli.launcher import check_devices
     from dynmoe_ds.config.own_groups import split_overrides
     from dynmoe_ds.errors import ConfigError
     from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, with_global_batch
-    from dynmoe_ds.launching.config import KubernetesConfig
+    from dynmoe_ds.launching.config import KubernetesConfig, LocalConfig
     from dynmoe_ds.launching.load import load_launch
     from dynmoe_ds.launching.runs import load_runs
 
@@ -103,6 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
             runs = with_global_batch(runs, launch.global_batch_size)
         except ConfigError as error:
             faults += error.faults
+        if isinstance(launch, LocalConfig):
+            try:
+                check_devices(runs.num_ranks)
+            except ConfigError as error:
+                faults += error.faults
     if launch is not None and not arguments.dry_run:
         faults += find_missing_programs(launch)
     if faults or launch is None or runs is None:

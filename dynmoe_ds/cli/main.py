@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The launcher adds --local_rank=N unless it is told not to; LOCAL_RANK says the same.
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
-    parsed = build_parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         code: int = parsed.run(parsed)
     except DynMoEError as error:
@@ -78,3 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with options between overrides, too, where argparse takes the later overrides for faults."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed

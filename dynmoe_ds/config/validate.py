@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -104,6 +105,11 @@ def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
             yield f"run_dir {run_dir!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
     elif path.exists():
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."
+    else:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "may not be written" if above.is_dir() else "is not a folder"
+            yield f"run_dir {run_dir!r} cannot be made: {above} {why}. Choose another `run_dir`."
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dynmoe_ds.cli import train
@@ -33,6 +34,24 @@ def test_a_dry_run_prints_the_script_and_touches_nothing(capsys: pytest.CaptureF
         assert f"#SBATCH {line}\n" in said.out
     assert f"run={tmp_path}/runs/a\n" in said.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_stand_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "launch=slurm", "--dry-run", "launch.partition=gpu", *SMOKE, "run_dir=runs/a"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --job-name=a\n" in said and "#SBATCH --partition=gpu\n" in said
+    with pytest.raises(SystemExit) as caught:
+        main(["launch", "launch=slurm", "--dry-rn", *SMOKE])
+    assert caught.value.code == 2 and "unrecognized arguments: --dry-rn" in capsys.readouterr().err
+
+
+def test_fewer_gpus_than_ranks_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert main(["launch", "--dry-run", *SMOKE, "run_dir=runs/a", "launch.global_batch_size=7"]) == 2
+    said = capsys.readouterr().err
+    assert "parallel.num_ranks is 2 but there is 1 GPU here." in said and "a multiple of the 4 sequences" in said
 
 
 def test_a_dry_run_of_the_other_kinds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -71,7 +90,11 @@ def test_all_faults_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("launch.nodes=1,2", "The override 'launch.nodes=1,2' cannot be read. Write launch.KEY=VALUE with one value."),
+        (
+            "launch.nodes=1,2",
+            "The override 'launch.nodes=1,2' cannot be read. Write launch.KEY=VALUE with one value, and quotes around "
+            "text that holds '=', spaces or commas, as in launch.KEY='\"a=b\"'.",
+        ),
         ("launch=pbs", "There is no option launch=pbs."),
         ("launch.nodse=1", "There is no key 'launch.nodse'."),
         (
