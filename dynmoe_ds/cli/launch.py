@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
@@ -166,7 +168,24 @@ def _hosts(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs, *, is_dry: bool
         print(text)
         return 0
     print(f"dynmoe: starting {runs.num_ranks} ranks; run folder {runs.folder}; Ctrl-C stops", flush=True)
-    return hosts.start(launch, runs)
+    code = hosts.start(launch, runs)
+    if code:
+        print(_how_it_ended(code), file=sys.stderr, flush=True)
+    return code
+
+
+def _how_it_ended(code: int) -> str:
+    """The last line of a launch on hosts, after what the ranks and their launchers have said."""
+    from dynmoe_ds.errors import EXIT_PREEMPTED
+
+    again = "The same command goes on from the latest checkpoint, if there is one and checkpoint.resume is auto."
+    if code == EXIT_PREEMPTED:
+        return f"dynmoe: stopped as asked, with a checkpoint. {again}"
+    if code == 128 + signal.SIGINT:
+        return "interrupted"
+    if code > 128:
+        return f"dynmoe: ended by {signal.Signals(code - 128).name}, without a new checkpoint. {again}"
+    return f"dynmoe: the job has failed (exit code {code}). What its ranks said first, above, may tell why. {again}"
 
 
 def _slurm(launch: SlurmConfig, runs: Runs, *, is_dry: bool) -> int:

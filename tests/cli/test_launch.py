@@ -12,7 +12,7 @@ import yaml
 
 from dynmoe_ds.cli import train
 from dynmoe_ds.cli.main import main
-from dynmoe_ds.launching import checks
+from dynmoe_ds.launching import checks, hosts
 from dynmoe_ds.telemetry.run_owner import RunOwnership
 
 SMOKE = ["experiment=smoke", "telemetry=disabled"]
@@ -154,6 +154,26 @@ def test_a_folder_that_a_run_writes_into_is_left_alone(
     said = capsys.readouterr()
     assert said.out == "" and f"run_dir '{tmp_path}/runs/a' is in use by process {os.getpid()} on " in said.err
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        (0, ""), (130, "interrupted"), (85, "dynmoe: stopped as asked, with a checkpoint. The same command goes on"),
+        (143, "dynmoe: ended by SIGTERM, without a new checkpoint. The same command goes on from the latest"),
+        (7, "dynmoe: the job has failed (exit code 7). What its ranks said first, above, may tell why."),
+    ],
+)  # fmt: skip
+def test_the_last_line_of_a_launch_on_hosts_says_how_it_ended(
+    code: int, last: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr(checks, "find_missing_programs", lambda launch: [])
+    monkeypatch.setattr(hosts, "start", lambda launch, runs: code)
+    assert main(["launch", "launch=hosts_torchrun", *SMOKE, "run_dir=runs/a"]) == code
+    said = capsys.readouterr()
+    assert said.out == f"dynmoe: starting 2 ranks; run folder {tmp_path}/runs/a; Ctrl-C stops\n"
+    assert said.err.startswith(last) and said.err.count("\n") == bool(last)
 
 
 def test_the_commands_of_hosts_are_printed_for_hands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
