@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from dynmoe_ds.cli import (
@@ -23,7 +24,7 @@ from dynmoe_ds.cli import (
     train,
     watch,
 )
-from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.help_text import EXIT_CODES, LINE_LENGTH, override_help
 from dynmoe_ds.errors import DynMoEError
 
 EXIT_USER_FAULT = 2
@@ -60,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     after = (evaluate, generate, export, report, watch, inspect)
     for verb in (*before, *after):
         verb.add_verb(verbs)
+    for one in (parser, *verbs.choices.values()):
+        # What keeps the lines of the examples keeps those of the description as well.
+        one.description = textwrap.fill(one.description or "", LINE_LENGTH)
     return parser
 
 
