@@ -28,6 +28,7 @@ from dynmoe_ds.export.model import describe_model
 from dynmoe_ds.models import count_flops, count_parameters, fuse_norms, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import MODEL_FILE
+from dynmoe_ds.telemetry.run_owner import RunOwnership
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, rank_metrics, traffic_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
@@ -50,7 +51,7 @@ class Trainer:
     `stream` is where rank 0 shows its progress; None sends it to `logging`. `should_stop` is asked after every
     optimiser step: as soon as it is true on any rank, all stop with a checkpoint.
     Collective: construction and `run`. Raises, on every rank: ConfigError for a configuration that cannot work,
-    DataError for data that cannot be used.
+    LaunchError for a run folder that another process trains into, DataError for data that cannot be used.
     """
 
     def __init__(
@@ -66,11 +67,23 @@ class Trainer:
                 "Change one of the two."
             )
         raise_together(ConfigError(faults) if faults else None)
-        finished = from_rank_zero(lambda: finished_steps(config.run_dir))
-        self.is_finished = finished is not None and finished >= config.training.steps
-        self.first_step = finished or 0
+        self._ownership = RunOwnership(config.run_dir)
+        self._find_finished()
         if not self.is_finished:
-            self._build(stream)
+            while not from_rank_zero(self._ownership.try_take):
+                pass
+            try:
+                self._find_finished()  # by the last moment of the owner before
+                if not self.is_finished:
+                    self._build(stream)
+            except BaseException:
+                self._ownership.release()
+                raise
+
+    def _find_finished(self) -> None:
+        """Whether the folder holds this run's end already. Collective: every rank."""
+        self.first_step = from_rank_zero(lambda: finished_steps(self.config.run_dir)) or 0
+        self.is_finished = self.first_step >= self.config.training.steps
 
     def _build(self, stream: TextIO | None) -> None:
         """Everything that training needs. The run folder last: a run that is refused leaves it as it was."""
@@ -128,6 +141,7 @@ class Trainer:
                     self.run_dir,
                     self.first_step,
                 )
+            self._ownership.release()
             return
         self._announce()
         self.engine.train()
@@ -170,6 +184,7 @@ class Trainer:
             self.stalls.stop()
             self.loader.close()
             self.run_log.close()
+            self._ownership.release()
 
     def _finish(self) -> None:
         """Leave the trained model, a sample and the mark of a run that has come to its end. Collective: every rank."""
