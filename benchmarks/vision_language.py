@@ -26,7 +26,7 @@ from dynmoe_ds.data.digit_questions import write_digit_questions
 from dynmoe_ds.telemetry.drawing import LAYER_COLOURS, STYLE, finished, legend_beside, new_figure
 from dynmoe_ds.telemetry.exact_match_pictures import exact_match
 from dynmoe_ds.telemetry.history import RunHistory, read_history
-from dynmoe_ds.training.run_checkpoints import finished_steps
+from dynmoe_ds.telemetry.run_state import finished_steps
 
 EXPERIMENT = "experiment=demo_vl"
 FIRST_STAGES = ("demo_projector", "demo_language")

@@ -23,11 +23,11 @@ from dynmoe_ds.cli import (
     train,
     watch,
 )
-from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.help_text import EXIT_CODES, EXIT_USER_FAULT, override_help
 from dynmoe_ds.errors import DynMoEError
 
-EXIT_USER_FAULT = 2
 EXIT_INTERRUPTED = 130
+_FLAGS = ("-m", "--multirun", "--dry-run")
 
 _EXAMPLES = """examples:
   dynmoe train experiment=demo                       train the demo on two CPU ranks
@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The launcher adds --local_rank=N unless it is told not to; LOCAL_RANK says the same.
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
+    # argparse takes overrides on one side of an option only, while Hydra's own command takes -m anywhere.
+    if arguments[:1] in (["train"], ["launch"]):
+        arguments[1:] = sorted(arguments[1:], key=lambda argument: argument not in _FLAGS)
     parsed = build_parser().parse_args(arguments)
     try:
         code: int = parsed.run(parsed)

@@ -15,9 +15,9 @@ from dynmoe_ds.config.validate import LAUNCH_FOLDER
 from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.launching.runs import Runs
 from dynmoe_ds.telemetry.run_folder import collect_versions
+from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 
 PACKAGES = ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs")
-SWEEP_FILE = "sweep.tsv"
 _CODE, _CONFIG = "code", "config.yaml"
 
 
