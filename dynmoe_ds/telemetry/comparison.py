@@ -32,8 +32,8 @@ from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.report import REPORT_FILE, UNKNOWN
 from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, METRICS_FILE
-from dynmoe_ds.telemetry.sweep import Sweep, SweptRun, label, remarks, summary_table
-from dynmoe_ds.telemetry.trackers import short_number, spoken_time
+from dynmoe_ds.telemetry.sweep import STATE, Sweep, SweptRun, label, remarks, summary_table
+from dynmoe_ds.telemetry.trackers import short_list, short_number, spoken_time
 
 MAX_RUNS_SHOWN = len(LAYER_COLOURS)
 _NOT_A_DIFFERENCE = ("run_dir",)
@@ -110,8 +110,9 @@ def _sweep_sections(sweep: Sweep, folder: Path) -> Iterator[str]:
     counts = Counter(run.state.word for run in sweep.runs)
     told = ", ".join(f"{count} {word}" for word, count in counts.items())
     yield f'<p class="soft">{len(sweep.runs)} runs: {told}. Numbers are the last that were logged.</p>'
-    yield table(head, rows, numbers_from=1)
-    yield "".join(f"<p>{html.escape(sentence)}</p>" for sentence in remarks(sweep))
+    yield table(head, rows, numbers_from=head.index(STATE) + 1)
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in remarks(sweep))
+    yield f"<ul>{told}</ul>" if told else ""
     begun = [run for run in sweep.runs if run.history is not None]
     yield _links([run.folder for run in begun], [f"run {run.number}" for run in begun], folder)
     shown = sorted(sorted(begun, key=_by_loss)[:MAX_RUNS_SHOWN], key=lambda run: run.number)
@@ -183,8 +184,7 @@ def _last_short(history: RunHistory, name: str) -> str:
 
 
 def _live_by_layer(history: RunHistory) -> str:
-    counts = [layer.live.values[-1] for layer in history.layers if layer.live.values]
-    return ", ".join(f"{count:.0f}" for count in counts) or "–"
+    return short_list(history.last_live_experts(), "layers") or "–"
 
 
 def _median_rate(history: RunHistory) -> str:

@@ -85,7 +85,7 @@ def read_state(run_dir: str | Path, progress: Progress | None = None) -> RunStat
             return RunState(word="stopped", told=f"Stopped at {progress}. {reason}")
         return RunState(word="failed", told=f"Failed at {progress}. {reason}")
     if not (path / METRICS_FILE).exists():
-        why = "it was launched and waits to begin" if (path / LAUNCH_FOLDER).exists() else f"no {METRICS_FILE} yet"
+        why = "launched, but nothing is written yet" if (path / LAUNCH_FOLDER).exists() else f"no {METRICS_FILE} yet"
         return RunState(word="not started", told=f"Not started: {why}.")
     return _of_its_lines(path, progress)
 

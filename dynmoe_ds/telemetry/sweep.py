@@ -8,16 +8,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.run_folder import METRICS_FILE
 from dynmoe_ds.telemetry.run_state import Progress, RunState, read_progress, read_state
-from dynmoe_ds.telemetry.trackers import spoken_time
+from dynmoe_ds.telemetry.trackers import short_list, spoken_time
 
 SWEEP_FILE = "sweep.tsv"
 SUMMARY_FILE = "sweep.md"
 NUMBERS_FILE = "sweep.csv"
+STATE = "state"
 NONE = "–"  # in the cells of tables
 
 # What runs are judged by, where they log it: the metric, what it is called, which of two values is the better one.
@@ -91,10 +93,10 @@ def _read_run(folder: Path, number: int, values: tuple[str, ...]) -> SweptRun:
 def summary_table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Head and rows for people: the values of each run, how far it is, and its results, last and best."""
     scores = [(name, called, best) for name, called, best in _SCORES if _is_logged(sweep, name)]
-    head = ["run", *sweep.keys, "state", "steps"]
+    head = ["run", *sweep.keys, STATE, "steps"]
     for _, called, _ in scores:
         head += [called, f"best {called} (at step)"]
-    head += ["training loss", "mean k", "live experts", "time"]
+    head += ["training loss", "mean k", "live experts by layer", "time"]
     rows = []
     for run in sweep.runs:
         planned = f" of {run.progress.planned}" if run.progress.planned is not None else ""
@@ -102,7 +104,8 @@ def summary_table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         for name, _, best in scores:
             found = _best(run, name, best)
             row += [_last(run, name, ".4f"), "" if found is None else f"{found[0]:.4f} ({found[1]})"]
-        row += [_last(run, "train/loss", ".4f"), _last(run, "moe/mean_k", ".2f"), _live_experts(run)]
+        row += [_last(run, "train/loss", ".4f"), _last(run, "moe/mean_k", ".2f")]
+        row.append("" if run.history is None else short_list(run.history.last_live_experts(), "layers"))
         row.append("" if run.history is None or run.history.time_s is None else spoken_time(run.history.time_s))
         rows.append([cell or NONE for cell in row])
     return head, rows
@@ -130,7 +133,7 @@ def write_summary(sweep: Sweep) -> str:
     Raises: ConfigError for a folder that cannot be written.
     """
     head, rows = summary_table(sweep)
-    text = _markdown(head, rows)
+    text = f"{sweep.folder}: run N is in its folder N.\n\n{_markdown(head, rows)}"
     if told := list(remarks(sweep)):
         text += "\n" + "".join(f"- {sentence}\n" for sentence in told)
     try:
@@ -160,18 +163,16 @@ def _csv(sweep: Sweep) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     bests = [f"{name}_{what}" for name in names for what in ("best", "best_step")]
-    head = ["run", *sweep.keys, "state", "step", "planned_steps", *names, *bests, *others]
+    head = ["run", *sweep.keys, STATE, "step", "planned_steps", *names, *bests, *others]
     writer.writerow([*head, "live_experts", "time_s", "folder"])
     for run in sweep.runs:
-        found = [_best(run, name, better[name]) or ("", "") for name in names]
-        writer.writerow(
-            [
-                run.number, *run.values, run.state.word, run.progress.step, run.progress.planned,
-                *(_last(run, name, "") for name in names), *(value for pair in found for value in pair),
-                *(_last(run, name, "") for name in others), _live_experts(run),
-                "" if run.history is None else run.history.time_s, run.folder,
-            ]
-        )  # fmt: skip
+        row: list[Any] = [run.number, *run.values, run.state.word, run.progress.step, run.progress.planned]
+        row += [_last(run, name, "") for name in names]
+        row += [value for name in names for value in _best(run, name, better[name]) or ("", "")]
+        row += [_last(run, name, "") for name in others]
+        history = run.history
+        row += ["", ""] if history is None else [" ".join(map(str, history.last_live_experts())), history.time_s]
+        writer.writerow([*row, run.folder])
     return out.getvalue()
 
 
@@ -196,10 +197,3 @@ def _best(run: SweptRun, name: str, best: Callable[[Sequence[float]], float]) ->
 
 def _series(run: SweptRun, name: str) -> Series | None:
     return None if run.history is None else run.history.series.get(name)
-
-
-def _live_experts(run: SweptRun) -> str:
-    """Of each layer."""
-    layers = run.history.layers if run.history is not None else []
-    counts = [layer.live.values[-1] for layer in layers if layer.live.values]
-    return " ".join(f"{count:.0f}" for count in counts)

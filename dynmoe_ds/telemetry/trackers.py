@@ -24,6 +24,7 @@ WANDB_INIT_TIMEOUT_S = 60
 LAYERS_ON_PROGRESS_LINE = 8
 WANDB_ID_FILE = "wandb/run_id"
 LIVE_EXPERTS_PREFIX = "moe/live_experts/"
+_MAX_LISTED = 4
 
 
 class Tracker(Protocol):
@@ -284,6 +285,13 @@ def short_number(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.1f}{suffix}"
     return f"{value:.0f}"
+
+
+def short_list(numbers: Sequence[int], of: str) -> str:
+    """Whole numbers one by one, or from the least to the largest where there are many; nothing of none."""
+    if len(numbers) <= _MAX_LISTED:
+        return ", ".join(map(str, numbers))
+    return f"{min(numbers)} to {max(numbers)} in {len(numbers)} {of}"
 
 
 def clock_time(seconds: float) -> str:
