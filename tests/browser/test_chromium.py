@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.browser import chromium
+from tests.browser import chromium, conftest
 
-ROOT = Path(__file__).parents[2]
 NO_CHROMIUM = "There is no Chromium and no chromedriver. On Debian: apt-get install chromium chromium-driver."
 
 
@@ -25,12 +22,14 @@ def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chromium.why_not() == NO_CHROMIUM
 
 
-@pytest.mark.parametrize(("options", "code"), [((), 0), (("-m", "browser"), 1)])
-def test_without_a_browser_tests_are_skipped_unless_they_are_asked_for(
-    options: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    chosen = "tests/browser/test_reports_in_a_browser.py"
-    command = [sys.executable, "-m", "pytest", chosen, *options, "-p", "no:cacheprovider", "-k", "dark", "-ra"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert NO_CHROMIUM in done.stdout and done.returncode == code, done.stdout + done.stderr
+def test_its_absence_is_a_failure_only_where_these_tests_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collect(expression: str) -> None:
+        conftest.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=expression)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conftest, "why_not", lambda: NO_CHROMIUM)
+    collect("not cluster")
+    with pytest.raises(pytest.exit.Exception, match=NO_CHROMIUM) as left:
+        collect("browser")
+    assert left.value.returncode == 1
+    monkeypatch.setattr(conftest, "why_not", lambda: None)
+    collect("browser")
