@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster lint benchmark clean
+.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster test-browser lint benchmark clean
 
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-vl-peers  the same third stage with a dense model and with top-2, beside it in its report (3 minutes more)"
 	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
+	@echo "make test-browser  reports and \`dynmoe watch\` in a headless Chromium (also part of make test where there is one)"
 	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
@@ -51,6 +52,10 @@ test: setup lint
 # Root and Debian's packages are needed; without them the tests are skipped and say what is missing.
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster -m cluster
+
+# Fails with a sentence where there is no Chromium; make test skips these tests there.
+test-browser: setup
+	$(BIN)/python -m pytest tests/browser -m browser
 
 lint: setup
 	$(BIN)/ruff check .

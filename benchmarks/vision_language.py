@@ -25,7 +25,7 @@ from benchmarks.quality.report import spread
 from dynmoe_ds.data.digit_questions import write_digit_questions
 from dynmoe_ds.telemetry.exact_match_pictures import draw_exact_match_of_runs, exact_match
 from dynmoe_ds.telemetry.history import RunHistory, read_history
-from dynmoe_ds.training.run_checkpoints import finished_steps
+from dynmoe_ds.telemetry.run_state import finished_steps
 
 EXPERIMENT = "experiment=demo_vl"
 FIRST_STAGES = ("demo_projector", "demo_language")

@@ -7,6 +7,7 @@ import textwrap
 from dynmoe_ds.config.groups import config_groups
 
 LINE_LENGTH = 100
+EXIT_USER_FAULT = 2
 
 EXIT_CODES = """exit codes:
   0  done      1  failed      130  interrupted

@@ -7,9 +7,10 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.help_text import EXIT_CODES, EXIT_USER_FAULT, override_help
 from dynmoe_ds.config.groups import launch_names
 
 if TYPE_CHECKING:
@@ -67,7 +68,12 @@ def _own_overrides() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Submit the job, or start it and wait for it.
+    """Submit the job, or start it and wait for it. Raises: as `check_and_launch`."""
+    return check_and_launch(arguments.overrides, is_dry=arguments.dry_run)
+
+
+def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sweep: bool = False) -> int:
+    """Submit what the overrides say, or start it and wait for it. needs_sweep: whether one run alone is a fault.
 
     Raises: ConfigError with every fault of the run's overrides and the verb's own; LaunchError if it is refused.
     """
@@ -79,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.launching.load import load_launch
     from dynmoe_ds.launching.runs import load_runs
 
-    split = split_overrides(arguments.overrides, ("launch",))
+    split = split_overrides(overrides, ("launch",))
     faults, launch, runs = list(split.faults), None, None
     name, values = "local", []
     for key, value in split.own:
@@ -95,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         runs = load_runs(split.others, check_files=not isinstance(launch, KubernetesConfig))
     except ConfigError as error:
         faults += error.faults
+    if needs_sweep and runs is not None and not runs.is_sweep:
+        faults.append("--multirun is given, but every key has one value. Give several (seed=0,1), or leave it out.")
     if launch is not None and runs is not None:
         faults += find_launch_faults(launch, runs)
         if launch.global_batch_size is not None and any(_ACCUMULATION in text for text in split.others):
@@ -111,11 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
                 check_devices(runs.num_ranks)
             except ConfigError as error:
                 faults += error.faults
-    if launch is not None and not arguments.dry_run:
+    if launch is not None and not is_dry:
         faults += find_missing_programs(launch)
     if faults or launch is None or runs is None:
         raise ConfigError(faults)
-    return _launch(launch, runs, is_dry=arguments.dry_run)
+    return _launch(launch, runs, is_dry=is_dry)
 
 
 def _launch(launch: AnyLaunchConfig, runs: Runs, *, is_dry: bool) -> int:
@@ -133,7 +141,7 @@ def _launch(launch: AnyLaunchConfig, runs: Runs, *, is_dry: bool) -> int:
 
 
 def _local(launch: LocalConfig, runs: Runs, *, is_dry: bool) -> int:
-    """Train here, a sweep's runs one after the other; the code of the first one that fails."""
+    """Train here, a sweep's runs one after the other, each in processes of its own."""
     from dynmoe_ds.cli import train
     from dynmoe_ds.launching.freeze import config_file, freeze, sweep_table
 
@@ -145,12 +153,48 @@ def _local(launch: LocalConfig, runs: Runs, *, is_dry: bool) -> int:
         return 0
     freeze(launch, runs, {}, with_code=False)
     os.environ.update(launch.variables())
-    for number, file in enumerate(own):
-        if runs.is_sweep:
-            print(f"dynmoe: run {number} of {len(own)}: {' '.join(runs.choices[number])}", flush=True)
-        if code := train.run(argparse.Namespace(config=file, overrides=[])):
-            return code
-    return 0
+    if runs.is_sweep:
+        return _local_sweep(runs, own)
+    return train.run(argparse.Namespace(config=own[0], overrides=[]))
+
+
+def _local_sweep(runs: Runs, files: Sequence[str]) -> int:
+    """A run that fails is left behind, and told of at the end; one that was stopped ends the sweep.
+
+    The code of the first one that failed, or of the one that was stopped.
+    """
+    from dynmoe_ds.cli import train
+    from dynmoe_ds.errors import DynMoEError
+    from dynmoe_ds.telemetry.run_state import STOP_CODES, finished_steps
+    from dynmoe_ds.telemetry.sweep import read_sweep, write_summary
+
+    failed: dict[int, int] = {}
+    stopped = 0
+    for number, (file, config) in enumerate(zip(files, runs.configs, strict=True)):
+        print(f"dynmoe: run {number} of {len(files)}: {' '.join(runs.choices[number])}", flush=True)
+        if (finished_steps(config.run_dir) or 0) >= config.training.steps:
+            print(f"dynmoe: {config.run_dir} has come to its end already", flush=True)
+            continue
+        try:
+            code = train.run(argparse.Namespace(config=file, overrides=[]))
+        except DynMoEError as error:
+            print(f"dynmoe: {error}", file=sys.stderr, flush=True)
+            code = EXIT_USER_FAULT
+        if code in STOP_CODES:
+            stopped = code
+            break
+        if code:
+            failed[number] = code
+    print(f"\n{write_summary(read_sweep(runs.folder))}", flush=True)
+    print(f"dynmoe: `dynmoe report {runs.folder}` makes this table, and a page with pictures", flush=True)
+    if failed:
+        listed = ", ".join(f"{number} (exit code {code})" for number, code in failed.items())
+        print(
+            f"dynmoe: {len(failed)} of {len(files)} runs failed: {listed}. The same command starts these again, from "
+            "their latest checkpoints where there are any.",
+            file=sys.stderr,
+        )
+    return stopped or next(iter(failed.values()), 0)
 
 
 def _hosts(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs, *, is_dry: bool) -> int:

@@ -24,10 +24,9 @@ from dynmoe_ds.cli import (
     train,
     watch,
 )
-from dynmoe_ds.cli.help_text import EXIT_CODES, LINE_LENGTH, override_help
+from dynmoe_ds.cli.help_text import EXIT_CODES, EXIT_USER_FAULT, LINE_LENGTH, override_help
 from dynmoe_ds.errors import DynMoEError
 
-EXIT_USER_FAULT = 2
 EXIT_INTERRUPTED = 130
 
 _EXAMPLES = """examples:

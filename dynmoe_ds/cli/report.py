@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   dynmoe report runs/demo-20260101-120000            writes report.html into the run's folder
   dynmoe report runs/demo_vl                         the runs in a folder, such as the stages of `dynmoe stages`
+  dynmoe report runs/rates                           a sweep: its table, printed and left as sweep.md and sweep.csv
   dynmoe report runs/top_2 runs/dynamic --out comparison.html
 """
 
@@ -25,7 +26,8 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "report",
         help="write a web page about runs",
         description="Write one self-contained web page from run folders alone: about a run, or several side by side, "
-        "with the settings that differ. Runs that are still going on are shown as far as they are.",
+        "with the settings that differ. Of a sweep also a table of what came of each run. Runs that are still going on "
+        "are shown as far as they are.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,9 +38,16 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page. Raises: ConfigError or DataError for folders that cannot be used."""
-    from dynmoe_ds.telemetry.comparison import find_runs, write_comparison
+    from dynmoe_ds.telemetry.comparison import find_runs, write_comparison, write_sweep_page
     from dynmoe_ds.telemetry.report import REPORT_FILE, write_report
+    from dynmoe_ds.telemetry.sweep import is_sweep, read_sweep, write_summary
 
+    first = Path(arguments.runs[0])
+    if len(arguments.runs) == 1 and is_sweep(first):
+        sweep = read_sweep(first)
+        print(write_summary(sweep))
+        print(write_sweep_page(sweep, arguments.out or first / REPORT_FILE))
+        return 0
     runs = find_runs(arguments.runs)
     if len(runs) > 1:
         beside = Path(os.path.commonpath([run.resolve().parent for run in runs]))

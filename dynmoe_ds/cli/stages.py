@@ -128,6 +128,6 @@ def _faults(overrides: Sequence[str], is_last: bool) -> Sequence[str]:
 
 
 def _is_finished(folder: Path) -> bool:
-    from dynmoe_ds.training.run_checkpoints import finished_steps
+    from dynmoe_ds.telemetry.run_state import finished_steps
 
     return finished_steps(folder) is not None

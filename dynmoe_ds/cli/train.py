@@ -36,6 +36,7 @@ _EXAMPLES = """examples:
   dynmoe train experiment=smoke parallel=single
   dynmoe train experiment=demo adaptation=none run_dir=runs/fixed-pool
   dynmoe train data=text_file data.path=book.txt training.steps=1000
+  dynmoe train --multirun run_dir=runs/rates optim.lr=1e-3,3e-4 seed=0,1    four runs, and a table of what came of them
 
 The ranks are started here, under the `deepspeed` launcher, unless a launcher has done so already (it sets RANK):
   deepspeed --no_local_rank --num_gpus 2 --module dynmoe_ds train run_dir=runs/first experiment=demo
@@ -54,8 +55,28 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="train what a config.yaml says, instead of overrides")
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="several values for a key (seed=0,1): a run for each combination, one after the other, as `dynmoe launch`",
+    )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or SECTION.KEY=VALUE")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run_one_or_several)
+
+
+def _run_one_or_several(arguments: argparse.Namespace) -> int:
+    """Raises: ConfigError as `run`, as `dynmoe launch`, and where there is one run only."""
+    if not arguments.multirun:
+        return run(arguments)
+    from dynmoe_ds.cli import launch
+
+    adopt_rank(os.environ)
+    if "RANK" in os.environ:
+        raise ConfigError("`dynmoe train --multirun` starts launchers itself. Under a launcher leave out --multirun.")
+    if arguments.config is not None:
+        raise ConfigError(f"--config {arguments.config} is one run, but --multirun is for several. Leave out one.")
+    return launch.check_and_launch(arguments.overrides, needs_sweep=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,7 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
     command = launcher.launch_command(own, environment, num_ranks=num_ranks)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     print(f"dynmoe: starting {ranks}; run folder {config.run_dir}; Ctrl-C stops", flush=True)
-    return launcher.supervise(command, environment)
+    code = launcher.supervise(command, environment)
+    if code:
+        from dynmoe_ds.telemetry.run_state import note_stop
+
+        note_stop(config.run_dir, code, f"The exit code is {code}.")  # unless a rank has said more
+    return code
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -36,16 +37,21 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C. Raises: ConfigError for values that cannot work; DataError for a folder that is no run's."""
-    from dynmoe_ds.telemetry.comparison import find_runs
+    from dynmoe_ds.telemetry.comparison import runs_in
     from dynmoe_ds.telemetry.live_page import live_server
 
     if arguments.every <= 0:
         raise ConfigError(f"--every is {arguments.every:g} but must be above 0.")
-    runs = find_runs([arguments.run_dir])
+    folder = Path(arguments.run_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder (seen from {Path.cwd()}). Give the folder of a run (run_dir).")
+    runs = runs_in(folder)
     if len(runs) > 1:
-        raise ConfigError(f"{arguments.run_dir} holds {len(runs)} runs. Name one of them, such as {runs[-1]}.")
-    with live_server(runs[0], arguments.port, arguments.every) as server:
-        print(f"dynmoe: http://127.0.0.1:{server.server_port}/ shows {runs[0]}; Ctrl-C ends", flush=True)
+        raise ConfigError(f"{folder} holds {len(runs)} runs. Name one of them, such as {runs[-1]}.")
+    shown = runs[0] if runs else folder  # a run that has not begun has a folder when it was launched
+    with live_server(shown, arguments.port, arguments.every) as server:
+        waiting = "" if runs else ", which has nothing to show yet"
+        print(f"dynmoe: http://127.0.0.1:{server.server_port}/ shows {shown}{waiting}; Ctrl-C ends", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -147,8 +147,8 @@ def _fault_of(override: Override, groups: Mapping[str, tuple[str, ...]]) -> str 
         return f"The override {text!r} would delete a key, but every key is needed. Give it a value instead."
     if override.is_sweep_override():
         return (
-            f"The override {text!r} holds several values, but one run has one. Start a run per value, or put quotes "
-            "around text that holds a comma."
+            f"The override {text!r} holds several values, but one run has one. `dynmoe train --multirun` makes a run "
+            "of each, and `dynmoe launch` does so on a cluster; or put quotes around text that holds a comma."
         )
     if override.package is not None:
         return f"The override {text!r} moves a group with '@', which does not work here. Write {key}=OPTION."

@@ -20,9 +20,11 @@ from dynmoe_ds.launching.config import (
     SlurmConfig,
     TorchrunConfig,
 )
+from dynmoe_ds.launching.freeze import sweep_table
 from dynmoe_ds.launching.hostfile import read_hostfile
 from dynmoe_ds.launching.kubernetes import job_name
 from dynmoe_ds.launching.runs import Runs
+from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 
 # Keys of the run's configuration that name a file or a folder, whatever section they are of.
 _PATH_KEYS = frozenset(
@@ -57,6 +59,7 @@ def find_launch_faults(launch: AnyLaunchConfig, runs: Runs) -> list[str]:
     if not isinstance(launch, KubernetesConfig):  # whose files are on a volume that only pods see
         for config in runs.configs:
             faults += [fault for fault in _missing_paths(config) if fault not in faults]
+        faults += _other_sweep(runs)
     match launch:
         case LocalConfig():
             pass
@@ -211,6 +214,20 @@ def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
                 f"run_dir is {config.run_dir}, which is not below launch.volume_path ({volume}), so that it would be "
                 f"gone with the pods. Use run_dir={volume}/NAME."
             )
+
+
+def _other_sweep(runs: Runs) -> Iterator[str]:
+    """Runs go on in the folders of their numbers: these must not have been of other values."""
+    file = runs.folder / SWEEP_FILE
+    if not runs.is_sweep or not file.exists():
+        return
+    before, now = file.read_text(encoding="utf-8").splitlines(), sweep_table(runs).splitlines()
+    if before != now[: len(before)]:
+        other = next((old for old, new in zip(before, now, strict=False) if old != new), before[-1])
+        yield (
+            f"{runs.folder} holds another sweep: {file.name} has the line {other!r}, which this one has not there. Use "
+            "another run_dir, or move that folder away. Values may be added at the end of the first key."
+        )
 
 
 def _missing_paths(config: RunConfig) -> Iterator[str]:

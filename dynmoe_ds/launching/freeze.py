@@ -16,9 +16,9 @@ from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.launching.runs import Runs
 from dynmoe_ds.telemetry.run_folder import collect_versions
 from dynmoe_ds.telemetry.run_owner import refuse_if_in_use
+from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 
 PACKAGES = ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs")
-SWEEP_FILE = "sweep.tsv"
 _CODE, _CONFIG = "code", "config.yaml"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.report import REPORT_FILE, UNKNOWN
 from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, METRICS_FILE
+from dynmoe_ds.telemetry.sweep import STATE, Sweep, SweptRun, label, remarks, summary_table
 from dynmoe_ds.telemetry.time_pictures import time_shares
-from dynmoe_ds.telemetry.trackers import clock_time, short_number
+from dynmoe_ds.telemetry.trackers import short_list, short_number, spoken_time
 
 MAX_RUNS_SHOWN = len(LAYER_COLOURS)
 _NOT_A_DIFFERENCE = ("run_dir",)
@@ -51,7 +54,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """
     runs: dict[Path, Path] = {}
     for path in map(Path, paths):
-        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.glob("*")))
+        inside = runs_in(path)
         if not inside:
             raise DataError(
                 f"{path} is no run folder and holds none (seen from {Path.cwd()}): there is no {METRICS_FILE}. Give "
@@ -60,6 +63,11 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
         for run in inside:
             runs.setdefault(run.resolve(), run)
     return list(runs.values())
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run folder itself, or the run folders in it, by name."""
+    return [path] if _is_run(path) else sorted(filter(_is_run, path.glob("*")))
 
 
 def _is_run(path: Path) -> bool:
@@ -77,12 +85,52 @@ def write_comparison(runs: Sequence[Path], file: str | Path) -> Path:
         )
     file = Path(file)
     histories = {name: read_history(path) for name, path in zip(_names(runs), runs, strict=True)}
-    text = page(f"{len(runs)} runs", _sections(runs, histories, file.parent))
+    return _write(file, f"{len(runs)} runs", _sections(runs, histories, file.parent))
+
+
+def write_sweep_page(sweep: Sweep, file: str | Path) -> Path:
+    """Write a page about a sweep: its table of results, and pictures of its best runs. Gives its path.
+
+    Raises: ConfigError for a path that cannot be written.
+    """
+    file = Path(file)
+    return _write(file, f"Sweep {sweep.folder.resolve().name}", _sweep_sections(sweep, file.parent))
+
+
+def _write(file: Path, title: str, sections: Iterable[str]) -> Path:
+    text = page(title, sections)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror} (seen from {Path.cwd()}).") from error
     return file
+
+
+def _sweep_sections(sweep: Sweep, folder: Path) -> Iterator[str]:
+    head, rows = summary_table(sweep)
+    counts = Counter(run.state.word for run in sweep.runs)
+    told = ", ".join(f"{count} {word}" for word, count in counts.items())
+    yield f'<p class="soft">{len(sweep.runs)} runs: {told}. Numbers are the last that were logged.</p>'
+    yield table(head, rows, numbers_from=head.index(STATE) + 1)
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in remarks(sweep))
+    yield f"<ul>{told}</ul>" if told else ""
+    begun = [run for run in sweep.runs if run.history is not None]
+    yield _links([run.folder for run in begun], [f"run {run.number}" for run in begun], folder)
+    shown = sorted(sorted(begun, key=_by_loss)[:MAX_RUNS_SHOWN], key=lambda run: run.number)
+    histories = {f"{run.number}: {label(sweep, run)}": run.history for run in shown if run.history is not None}
+    if not histories:
+        return
+    which = f" The {len(shown)} with the lowest held-out loss are shown." if len(shown) < len(begun) else ""
+    yield f'<h2>Pictures</h2><p class="soft">Every line of a picture is a run.{which}</p>'
+    shares = {name: found for name, one in histories.items() if (found := exact_match(one))}
+    yield from map(figure, _draw(histories, shares))
+
+
+def _by_loss(run: SweptRun) -> tuple[float, int]:
+    """The order in which runs are chosen: by the last held-out loss, those without one at the end."""
+    series = run.history.series.get("eval/loss") if run.history is not None else None
+    loss = series.values[-1] if series is not None else math.inf
+    return (loss if math.isfinite(loss) else math.inf), run.number
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -96,7 +144,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _sections(runs: Sequence[Path], histories: Mapping[str, RunHistory], folder: Path) -> Iterator[str]:
-    yield '<p class="soft">Runs side by side; every line of a picture is a run. Numbers are those at a run\'s end.</p>'
+    about = "Runs side by side; every line of a picture is a run. Numbers are the last that were logged."
+    yield f'<p class="soft">{about}</p>'
     yield table(["run", *_FACTS], [[name, *_facts(one)] for name, one in histories.items()], numbers_from=1)
     yield _links(runs, list(histories), folder)
     yield "<h2>Settings that differ</h2>" + _differences(runs, list(histories))
@@ -119,7 +168,7 @@ _FACTS: dict[str, Callable[[RunHistory], str]] = {
     "tokens/s (median)": lambda one: _median_rate(one),
     "of a step computing": lambda one: f"{shares['compute']:.0%}" if (shares := time_shares(one)) else "–",
     "most memory (GiB)": lambda one: _highest(one, "train/peak_memory_gib"),
-    "time": lambda one: UNKNOWN if one.time_s is None else clock_time(one.time_s),
+    "time": lambda one: UNKNOWN if one.time_s is None else spoken_time(one.time_s),
 }
 
 
@@ -143,8 +192,7 @@ def _highest(history: RunHistory, name: str) -> str:
 
 
 def _live_by_layer(history: RunHistory) -> str:
-    counts = [layer.live.values[-1] for layer in history.layers if layer.live.values]
-    return ", ".join(f"{count:.0f}" for count in counts) or "–"
+    return short_list(history.last_live_experts(), "layers") or "–"
 
 
 def _median_rate(history: RunHistory) -> str:
@@ -195,7 +243,7 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def _told(settings: Mapping[str, Any], key: str) -> str:
     """The value; a dash for one that is null, or that other kinds of a section have."""
     value = settings.get(key)
-    return "–" if value is None else str(value)
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _share_table(shares: Mapping[str, Mapping[str, float]]) -> str:

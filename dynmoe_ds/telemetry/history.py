@@ -75,6 +75,10 @@ class RunHistory:
     tokens_seen: float | None
     is_tokens_seen_estimated: bool
 
+    def last_live_experts(self) -> list[int]:
+        """The last known number of live experts of each layer that has one."""
+        return [round(layer.live.values[-1]) for layer in self.layers if _is_known(layer.live)]
+
 
 def read_history(run_dir: str | Path) -> RunHistory:
     """Read a run folder. Raises: DataError where it is no run folder or one of its lines is broken."""
@@ -98,6 +102,10 @@ def read_history(run_dir: str | Path) -> RunHistory:
         tokens_seen=tokens_seen,
         is_tokens_seen_estimated=is_estimated,
     )
+
+
+def _is_known(series: Series) -> bool:
+    return bool(series.values) and math.isfinite(series.values[-1])
 
 
 def _series_by_name(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:

@@ -13,7 +13,7 @@ from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.pictures import MAX_LAYERS_SHOWN, Picture, draw_pictures
 from dynmoe_ds.telemetry.run_folder import ADAPTATION_FILE, CONFIG_FILE, SAMPLE_FILE, VERSIONS_FILE
 from dynmoe_ds.telemetry.time_pictures import time_shares
-from dynmoe_ds.telemetry.trackers import clock_time, short_number
+from dynmoe_ds.telemetry.trackers import short_number, spoken_time
 
 REPORT_FILE = "report.html"
 PICTURES_FOLDER = "pictures"
@@ -41,33 +41,34 @@ def write_report(run_dir: str | Path, *, write_pictures: bool = False) -> Path:
         for picture in pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png)
     report = path / REPORT_FILE
-    report.write_text(_page(path, history, pictures), encoding="utf-8")
+    text = page(report_title(path), report_sections(path, history, pictures))
+    report.write_text(text, encoding="utf-8")
     return report
 
 
-def report_text(run_dir: Path, refresh_s: float | None = None) -> str:
-    """The page as text, which a browser asks for again after `refresh_s`. Raises: as `write_report`."""
-    history = read_history(run_dir)
-    return _page(run_dir, history, list(draw_pictures(history)), refresh_s)
+def report_title(run_dir: Path) -> str:
+    """Of the page about a run."""
+    return f"Run {run_dir.resolve().name}"
 
 
-def _page(path: Path, history: RunHistory, pictures: Sequence[Picture], refresh_s: float | None = None) -> str:
-    return page(
-        f"Run {path.resolve().name}",
-        (
-            '<p class="soft">Training of a mixture-of-experts model: in some of its layers every token chooses which '
-            "of several small networks (the experts) to use, and experts are born and pruned while the model "
-            "trains.</p>",
-            _facts(history),
-            _layer_table(history),
-            _picture_section(history, pictures),
-            answers(path, "Questions and answers"),
-            _event_section(history),
-            _text_section("Generated sample", path / SAMPLE_FILE, "What the trained model wrote, after the prompt."),
-            _folded("Configuration", path / CONFIG_FILE),
-            _folded("Versions", path / VERSIONS_FILE),
-        ),
-        refresh_s,
+def report_sections(path: Path, history: RunHistory, pictures: Sequence[Picture] | None = None) -> tuple[str, ...]:
+    """What is under the title, some of it empty. pictures: None to draw them."""
+    about = (
+        '<p class="soft">Training of a mixture-of-experts model: in some of its layers every token chooses which '
+        "of several small networks (the experts) to use, and experts are born and pruned while the model trains.</p>"
+    )
+    settings = _folded("Configuration", path / CONFIG_FILE), _folded("Versions", path / VERSIONS_FILE)
+    if not history.series and not history.layers:
+        return about, "<p>Nothing has been logged yet: neither a loss nor what experts did.</p>", *settings
+    return (
+        about,
+        _facts(history),
+        _layer_table(history),
+        _picture_section(history, list(draw_pictures(history)) if pictures is None else pictures),
+        answers(path, "Questions and answers"),
+        _event_section(history),
+        _text_section("Generated sample", path / SAMPLE_FILE, "What the trained model wrote, after the prompt."),
+        *settings,
     )
 
 
@@ -78,12 +79,12 @@ def _facts(history: RunHistory) -> str:
         tokens = ("about " if history.is_tokens_seen_estimated else "") + short_number(history.tokens_seen)
     facts = {
         "optimiser steps": f"{history.last_step}",
-        "final training loss": _last(history.series.get("train/loss"), ".3f"),
-        "final held-out loss": _last(history.series.get("eval/loss"), ".3f"),
+        "last training loss": _last(history.series.get("train/loss"), ".3f"),
+        "last held-out loss": _last(history.series.get("eval/loss"), ".3f"),
         "training tokens seen": tokens,
-        "time (h:mm:ss or m:ss)": UNKNOWN if history.time_s is None else clock_time(history.time_s),
-        "experts per token (mean k) at the end": _last(history.series.get("moe/mean_k"), ".2f"),
-        "live experts, start → end": _live_range(history),
+        "time": UNKNOWN if history.time_s is None else spoken_time(history.time_s),
+        "experts per token (mean k), last": _last(history.series.get("moe/mean_k"), ".2f"),
+        "live experts, first → last": _live_range(history),
         "births / deaths": f"{_total(history, 'births')} / {_total(history, 'deaths')}",
     }
     if shares := time_shares(history):
@@ -92,7 +93,7 @@ def _facts(history: RunHistory) -> str:
         facts["most memory of a rank"] = f"{max(history.series['train/peak_memory_gib'].values):.2f} GiB"
     for name, title in COSTS.items():
         if name in history.series:
-            facts[f"{title} at the end"] = _last_short(history.series[name])
+            facts[f"{title}, last"] = _last_short(history.series[name])
     cells = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
@@ -141,8 +142,8 @@ def _layer_table(history: RunHistory) -> str:
                 _last(layer.load_entropy, ".2f"),
             ]
         )
-    head = ["layer", "experts at start", "at end", "births", "deaths", "last mean k", "last tokens without an expert"]
-    head.append("last evenness of load")
+    head = ["layer", "experts, first", "experts, last", "births", "deaths"]
+    head += ["experts per token (mean k), last", "tokens without an expert, last", "evenness of load (0 to 1), last"]
     return "<h2>Layers</h2>" + table(head, rows, numbers_from=1)
 
 

@@ -29,6 +29,7 @@ SAMPLE_FILE = "sample.txt"
 ANSWERS_FILE = "answers.png"
 CHECKPOINT_FOLDER = "checkpoints"
 FINISHED_FILE = "finished.json"
+STOPPED_FILE = "stopped.json"
 LINE_FILES = (METRICS_FILE, EXPERTS_FILE, ADAPTATION_FILE)
 
 PACKAGES = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "dynmoe_ds": "dynmoe-ds"}

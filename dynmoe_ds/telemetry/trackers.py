@@ -24,6 +24,7 @@ WANDB_INIT_TIMEOUT_S = 60
 LAYERS_ON_PROGRESS_LINE = 8
 WANDB_ID_FILE = "wandb/run_id"
 LIVE_EXPERTS_PREFIX = "moe/live_experts/"
+_MAX_LISTED = 4
 
 
 class Tracker(Protocol):
@@ -309,8 +310,24 @@ def short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
+def short_list(numbers: Sequence[int], of: str) -> str:
+    """Whole numbers one by one, or from the least to the largest where there are many; nothing of none."""
+    if len(numbers) <= _MAX_LISTED:
+        return ", ".join(map(str, numbers))
+    return f"{min(numbers)} to {max(numbers)} in {len(numbers)} {of}"
+
+
 def clock_time(seconds: float) -> str:
     """A duration as m:ss, or h:mm:ss from one hour on."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def spoken_time(seconds: float) -> str:
+    """A duration with its units, the two largest of them: `42 s`, `1 min 5 s`, `3 h 20 min`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minute} min"
+    return f"{minute} min {second} s" if minute else f"{second} s"

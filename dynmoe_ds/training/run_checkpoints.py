@@ -14,7 +14,7 @@ from dynmoe_ds.checkpoint.store import find_checkpoint, list_checkpoints, open_c
 from dynmoe_ds.config.schema import CheckpointConfig
 from dynmoe_ds.distributed import assert_same_on_all_ranks, attempt_together
 from dynmoe_ds.engine import Engine
-from dynmoe_ds.errors import CheckpointError, DataError, DivergenceError
+from dynmoe_ds.errors import CheckpointError, DivergenceError
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, FINISHED_FILE
 
 logger = logging.getLogger(__name__)
@@ -164,22 +164,6 @@ def clear_results(run_dir: str | Path, *names: str) -> None:
 def mark_finished(run_dir: str | Path, steps: int) -> None:
     """Leave the mark by which a run that came to its end is known, whatever code its launcher returned."""
     (Path(run_dir) / FINISHED_FILE).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
-
-
-def finished_steps(run_dir: str | Path) -> int | None:
-    """The optimiser steps of the run that came to its end in this folder; None if none did.
-
-    A mark that is cut off counts as none: the run died at its very end. Raises: DataError for one that cannot be read.
-    """
-    path = Path(run_dir) / FINISHED_FILE
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}. Make it readable: it says whether the run has come to its end."
-        ) from error
 
 
 def _report(error: Exception) -> None:

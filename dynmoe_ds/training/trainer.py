@@ -29,9 +29,10 @@ from dynmoe_ds.models import count_flops, count_parameters, fuse_norms, paramete
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import MODEL_FILE
 from dynmoe_ds.telemetry.run_owner import RunOwnership
+from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, rank_metrics, traffic_metrics
-from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, finished_steps, mark_finished
+from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, mark_finished
 from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
 from dynmoe_ds.training.step_time import peak_memory_gib, reset_peak_memory, step_time_metrics

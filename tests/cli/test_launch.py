@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
-from dynmoe_ds.cli import train
+from dynmoe_ds.cli import launch, launcher, train
 from dynmoe_ds.cli.main import main
+from dynmoe_ds.errors import DataError, DynMoEError
 from dynmoe_ds.launching import checks, hosts
+from dynmoe_ds.telemetry.run_folder import FINISHED_FILE, RunFolder
 from dynmoe_ds.telemetry.run_owner import RunOwnership
+from dynmoe_ds.telemetry.run_state import read_state
 
 SMOKE = ["experiment=smoke", "telemetry=disabled"]
 
@@ -111,31 +114,98 @@ def test_overrides_of_the_verb(override: str, message: str, capsys: pytest.Captu
 
 
 class Started:
-    """The runs that would have been started here."""
+    """The runs that would have been started here, each with its exit code; the first of them comes to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *codes: int | DynMoEError) -> None:
         self.configs: list[Path] = []
-        self.codes = [0, 0]
+        self.codes = codes
 
     def __call__(self, arguments: argparse.Namespace) -> int:
         assert arguments.overrides == []
         self.configs.append(Path(arguments.config))
-        return self.codes[len(self.configs) - 1]
+        code = self.codes[len(self.configs) - 1]
+        run_dir = self.configs[-1].parents[1]
+        RunFolder(run_dir).append_metrics(3, {"eval/loss": 3.0}, time_s=1.0)
+        if code == 0:
+            (run_dir / FINISHED_FILE).write_text('{"steps": 1000000}')
+        if isinstance(code, DynMoEError):
+            raise code
+        return code
+
+    @property
+    def seeds(self) -> list[int]:
+        return [yaml.safe_load(path.read_text())["seed"] for path in self.configs]
 
 
-def test_a_sweep_here_is_one_run_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    started = Started()
+def test_a_sweep_here_is_one_run_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = Started(0, 3, DataError("No text."), 0)
     monkeypatch.setattr(train, "run", started)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    sweep = ["launch", *SMOKE, "run_dir=runs/s", "seed=1,2", "launch.environment=['NOTE=a']"]
-    assert main(sweep) == 0
-    assert [yaml.safe_load(path.read_text())["seed"] for path in started.configs] == [1, 2]
-    assert (tmp_path / "runs" / "s" / "sweep.tsv").read_text() == "run\tseed\n0\t1\n1\t2\n"
+    sweep = [*SMOKE, "run_dir=runs/s", "seed=range(1,5)", "launch.environment=['NOTE=a']"]
+    assert main(["launch", *sweep]) == 3
+    assert started.seeds == [1, 2, 3, 4], "it goes on after a run that failed"
+    said = capsys.readouterr()
+    assert (tmp_path / "runs" / "s" / "sweep.tsv").read_text() == "run\tseed\n0\t1\n1\t2\n2\t3\n3\t4\n"
     assert os.environ["NOTE"] == "a"
-    failing = Started()
-    failing.codes = [3, 0]
-    monkeypatch.setattr(train, "run", failing)
-    assert main(sweep) == 3 and len(failing.configs) == 1
+    assert said.err == (
+        "dynmoe: No text.\n"
+        "dynmoe: 2 of 4 runs failed: 1 (exit code 3), 2 (exit code 2). The same command starts these again, from their "
+        "latest checkpoints where there are any.\n"
+    )
+    table = (tmp_path / "runs" / "s" / "sweep.md").read_text()
+    assert table in said.out and table.count("| finished |") == 2
+    assert f"dynmoe: `dynmoe report {tmp_path}/runs/s` makes this table" in said.out
+
+    again = Started(85)
+    monkeypatch.setattr(train, "run", again)
+    assert main(["train", "-m", *sweep]) == 85, "one that was stopped ends the sweep"
+    assert again.seeds == [2], "those at their end are left alone"
+    assert f"dynmoe: {tmp_path}/runs/s/0 has come to its end already\n" in capsys.readouterr().out
+
+
+def test_a_sweep_is_not_mixed_with_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "sweep.tsv").write_text("run\tseed\n0\t1\n1\t2\n")
+    own = ["launch", "--dry-run", *SMOKE, "run_dir=s"]
+    assert main([*own, "seed=1,2,3"]) == 0, "more of them"
+    for wrong, line in (("seed=1,3", "1\\t2"), ("optim.lr=1e-3,1e-4", "run\\tseed"), ("seed=range(1,2)", "1\\t2")):
+        assert main([*own, wrong]) == 2
+        assert f"{tmp_path}/s holds another sweep: sweep.tsv has the line '{line}'" in capsys.readouterr().err
+
+
+def test_a_run_whose_ranks_leave_no_word_is_known_as_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launcher, "supervise", lambda command, environment: 1)
+    (tmp_path / "a" / "launch").mkdir(parents=True)
+    assert main(["train", *SMOKE, "run_dir=a"]) == 1
+    assert read_state(tmp_path / "a").told == "Failed at step 0. The exit code is 1."
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_multirun_may_stand_anywhere(flag: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(launch, "check_and_launch", lambda *values, **named: given.append((values, named)) or 0)
+    overrides = ["experiment=smoke", "seed=1,2", "run_dir=s"]
+    assert main(["train", *overrides[:place], flag, *overrides[place:]]) == 0
+    assert given == [((overrides,), {"needs_sweep": True})]
+
+
+def test_what_is_no_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--multirun", *SMOKE, "run_dir=s", "training.sample_prompt='a, b'"]) == 2
+    assert "--multirun is given, but every key has one value. Give several (seed=0,1), or" in capsys.readouterr().err
+    assert main(["train", "--multirun", *SMOKE, "seed=1,2"]) == 2
+    assert "run_dir is not set. A sweep needs a folder" in capsys.readouterr().err
+    assert main(["train", "-m", "--config", "a.yaml"]) == 2
+    assert "--config a.yaml is one run, but --multirun is for several. Leave out one." in capsys.readouterr().err
+    assert main(["train", *SMOKE, "seed=1,2"]) == 2
+    assert "`dynmoe train --multirun` makes a run of each" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "-m", *SMOKE, "seed=1,2"]) == 2
+    assert "Under a launcher leave out --multirun." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("own", [[], ["launch=hosts_pdsh"], ["launch=hosts_torchrun", "launch.start=print"]], ids=str)

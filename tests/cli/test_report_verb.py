@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.telemetry.fake_run import write_fake_run
+from tests.telemetry.fake_sweep import write_fake_sweep
 
 from dynmoe_ds.cli.main import main
 
@@ -26,3 +27,13 @@ def test_a_page_of_one_run_has_its_place(tmp_path: Path, capsys: pytest.CaptureF
     assert "--out is of a page of several runs. That of one goes into its folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "absent")]) == 2
     assert "absent is no run folder and holds none" in capsys.readouterr().err
+
+
+def test_a_sweep_is_told_in_a_table_and_shown_on_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write_fake_sweep(tmp_path / "rates")
+    assert main(["report", str(sweep)]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{(sweep / 'sweep.md').read_text()}\n{sweep / 'report.html'}\n"
+    assert "Sweep rates" in (sweep / "report.html").read_text() and "not started" in said
+    assert main(["report", str(sweep), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")

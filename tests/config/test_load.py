@@ -161,7 +161,10 @@ def test_values_keep_their_types_and_may_refer_to_others() -> None:
         (["+zzz=1"], "There is no group or key 'zzz'. Groups: adaptation,"),
         (["model={hidden_size: 64}"], "model is a group, so give its keys one by one, as in model.KEY=VALUE, or"),
         (["~seed"], "The override '~seed' would delete a key, but every key is needed. Give it a value instead."),
-        (["seed=1,2"], "The override 'seed=1,2' holds several values, but one run has one. Start a run per value,"),
+        (
+            ["seed=1,2"],
+            "The override 'seed=1,2' holds several values, but one run has one. `dynmoe train --multirun` makes",
+        ),
         (["router@model=top_any"], "The override 'router@model=top_any' moves a group with '@', which does not work"),
         (["seed=[1"], "The override 'seed=[1' cannot be read. Write GROUP=OPTION or SECTION.KEY=VALUE,"),
         (["seed"], "The override 'seed' cannot be read. Write GROUP=OPTION or SECTION.KEY=VALUE,"),

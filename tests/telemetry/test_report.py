@@ -85,27 +85,27 @@ def test_the_headline_facts_are_the_folder_s(tmp_path: Path) -> None:
     folder.append_adaptation(event(20, pruned=[1], grown=grown, live_before=5, live_after=7))
     assert facts(write_report(tmp_path).read_text()) == {
         "optimiser steps": "40",
-        "final training loss": "4.000",
-        "final held-out loss": "4.250",
+        "last training loss": "4.000",
+        "last held-out loss": "4.250",
         "training tokens seen": "about 20.0k",  # 40 steps of 0.5 s at 1000 tokens per second
-        "time (h:mm:ss or m:ss)": "1:06:40",
-        "experts per token (mean k) at the end": "1.75",
-        "live experts, start → end": "5 → 7",
+        "time": "1 h 6 min",
+        "experts per token (mean k), last": "1.75",
+        "live experts, first → last": "5 → 7",
         "births / deaths": "3 / 1",
     }
     folder.append_metrics(41, {"train/loss": math.nan, "train/tokens_seen": 123456}, time_s=4001.0)
     found = facts(write_report(tmp_path).read_text())
     assert found["training tokens seen"] == "123.5k"
-    assert found["final training loss"] == "not a finite number"
+    assert found["last training loss"] == "not a finite number"
 
 
 def test_active_parameters_are_among_the_facts_where_they_were_logged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.append_metrics(10, {"moe/active_parameters": 458_900_000.0}, time_s=5.0)
     folder.append_metrics(20, {"moe/active_parameters": 373_900_000.0}, time_s=9.0)
-    assert facts(write_report(tmp_path).read_text())["active parameters per token at the end"] == "373.9M"
+    assert facts(write_report(tmp_path).read_text())["active parameters per token, last"] == "373.9M"
     folder.append_metrics(30, {"moe/active_parameters": math.nan}, time_s=10.0)
-    assert facts(write_report(tmp_path).read_text())["active parameters per token at the end"] == "not a finite number"
+    assert facts(write_report(tmp_path).read_text())["active parameters per token, last"] == "not a finite number"
 
 
 def run_of_two_layers(path: Path, values: dict[int, tuple[float, float]]) -> Path:
@@ -216,9 +216,10 @@ def test_no_events_one_log_line_and_no_evaluation(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_a_run_that_logged_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path).close()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
     page = report_of(tmp_path)
-    assert "Nothing was logged that could be drawn." in page.words
-    assert page.tags.count("img") == 0
+    assert "Nothing has been logged yet" in page.words and "seed: 0" in page.words
+    assert page.tags.count("img") == 0 and "h2" not in page.tags and "not recorded" not in page.words
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")

@@ -20,8 +20,8 @@ from dynmoe_ds.checkpoint import writer
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import NonFiniteError
+from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training import run_log
-from dynmoe_ds.training.run_checkpoints import finished_steps
 from dynmoe_ds.training.trainer import Trainer
 
 SPOILT = (1, 7)

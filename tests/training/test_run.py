@@ -7,10 +7,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import pytest
 from tests.helpers.run_config import changed, small_run
 from tests.helpers.spawn import run_ranks
 
 from dynmoe_ds.config.schema import RunConfig
+from dynmoe_ds.errors import ConfigError, DataError
+from dynmoe_ds.telemetry.run_folder import STOPPED_FILE
+from dynmoe_ds.telemetry.run_state import Progress, read_state
 from dynmoe_ds.training import run as run_module
 
 
@@ -43,3 +47,34 @@ def test_a_run_that_stops_says_how_it_goes_on(tmp_path: Path) -> None:
         path = tmp_path / resume / "checkpoints" / "step-00000001"
         assert code == 85
         assert said == f"Stopped after optimiser step 1, as asked. {path} was written. {sentence}"
+        state = read_state(tmp_path / resume)
+        assert state.word == "stopped"
+        assert state.told.endswith(f"Stopped after optimiser step 1, as asked. {path} was written.")
+
+
+class Failing:
+    """Stands for the trainer of a run that ends by `error`."""
+
+    error: BaseException
+
+    def __init__(self, config: RunConfig, **_: object) -> None:
+        assert not (Path(config.run_dir) / STOPPED_FILE).exists(), "of an earlier part of the run"
+
+    def run(self) -> None:
+        raise self.error
+
+
+def test_why_a_run_ended_early_is_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(run_module, "Trainer", Failing)
+    run = small_run(tmp_path)
+    for error, told in (
+        (DataError("No text."), "Failed at step 0 of {0}. No text."),
+        (RuntimeError("peer is gone"), "Failed at step 0 of {0}. RuntimeError: peer is gone"),
+        (KeyboardInterrupt(), "Stopped at step 0 of {0}. It was interrupted."),
+        (ConfigError("run_dir is of another run."), "Not started: no metrics.jsonl yet."),
+    ):
+        Failing.error = error
+        with pytest.raises(type(error)):
+            run_module.train(run)
+        assert read_state(tmp_path, Progress(planned=3)).told == told.format(3)
