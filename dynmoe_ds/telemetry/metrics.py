@@ -30,6 +30,7 @@ METRICS: dict[str, str] = {
     "train/tokens_seen": "Training tokens of all ranks since step 0.",
     "train/step_time_s": "Wall-clock seconds per optimiser step.",
     "train/skipped_steps": "Steps since step 0 whose update was left out for NaN or infinity.",
+    "train/left_out_samples": "Training samples left out because an image cannot be decoded, since the process began.",
     "eval/loss": "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error.",
     "eval/accuracy": "Share (0 to 1) of held-out examples whose class is the model's first answer.",
     "eval/exact_match": "Share (0 to 1) of held-out answers whose every token is the model's first choice.",
