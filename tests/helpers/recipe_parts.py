@@ -35,8 +35,8 @@ _SIZES = {
 }  # fmt: skip
 # What sets StableLM-2-1.6B, Qwen1.5-1.8B and Phi-2 apart, as the configurations in their folders say.
 DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "stablelm": (StableLmConfig, {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "hidden_act": "silu"}),
-    "qwen": (Qwen2Config, {"hidden_act": "silu", "tie_word_embeddings": False}),
+    "stablelm": (StableLmConfig, {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "num_key_value_heads": 2}),
+    "qwen": (Qwen2Config, {"num_key_value_heads": 2}),
     "phi": (PhiConfig, {"partial_rotary_factor": 0.4, "hidden_act": "gelu_new"}),
 }
 _TOKENIZERS: dict[str, Any] = {"stablelm": GPT2Tokenizer, "qwen": Qwen2Tokenizer, "phi": CodeGenTokenizer}
