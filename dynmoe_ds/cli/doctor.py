@@ -21,6 +21,8 @@ _PACKAGES = (
     "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "omegaconf", "wandb",
     "matplotlib",
 )  # fmt: skip
+# As torch calls them: of x86, then of Arm.
+_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 # No compilation of DeepSpeed's operators takes this long.
 _STALE_AFTER_S = 15 * 60
 
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     findings = [
         *package_findings(),
         *device_findings(),
+        bfloat16_finding(),
         compiler_finding(),
         *integration_findings(),
         *lock_findings(extensions_folder()),
@@ -121,6 +124,20 @@ def device_findings() -> Iterator[Finding]:
     has_nccl = distributed.is_available() and distributed.is_nccl_available()
     yield _backend("gloo", has_gloo, "ranks on CPU talk through it", needed=not has_gpu)
     yield _backend("nccl", has_nccl, "ranks on GPUs talk through it", needed=has_gpu)
+
+
+def bfloat16_finding() -> Finding:
+    """Whether the CPU has arithmetic for parallel.dtype=bfloat16."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    if found := [name for name in _BFLOAT16_INSTRUCTIONS if capabilities.get(name)]:
+        return Finding(state="ok", subject="bfloat16 on the CPU", text=f"in hardware ({', '.join(found)})")
+    text = (
+        f"this processor has no arithmetic for it ({', '.join(_BFLOAT16_INSTRUCTIONS)}): torch converts it to float32 "
+        "and back, so on the CPU parallel.dtype=float32 is the faster one"
+    )
+    return Finding(state="note", subject="bfloat16 on the CPU", text=text)
 
 
 def compiler_finding() -> Finding:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from dynmoe_ds.cli.doctor import Finding
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import LlavaDataConfig, RunConfig
+from dynmoe_ds.config.schema import DataConfig, LlavaDataConfig
+from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import ConfigError, DynMoEError
 
-_WEIGHTS = ("*.safetensors", "*.bin")
+# What transformers looks for, in this order; each may be in parts that an index beside it names.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
     """What is there and what is missing of the run that `dynmoe train` would make with these overrides."""
     try:
-        config = load_config(overrides)
-    except ConfigError as error:
-        for fault in error.faults:
-            yield Finding(state="missing", subject="configuration", text=fault)
+        config = load_config(overrides, check_files=False)
+    except ConfigError:
+        yield from _faults(overrides)
         return
     yield Finding(state="ok", subject="configuration", text=f"without a fault; run folder {config.run_dir}")
     yield _devices(config.parallel.num_ranks)
@@ -28,7 +30,19 @@ def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
         folder = getattr(config.model, field.name)
         if field.name.endswith("pretrained") and folder is not None:
             yield _pretrained(f"model.{field.name}", Path(folder))
-    yield from _data(config)
+    # A fault of a file begins with its key.
+    of_files = {fault.split()[0]: fault for fault in find_faults(config)}
+    yield from (Finding(state="missing", subject=key, text=fault) for key, fault in of_files.items())
+    yield from (finding for finding in _data(config.data) if finding.subject not in of_files)
+
+
+def _faults(overrides: Sequence[str]) -> Iterator[Finding]:
+    """Of a configuration that cannot work, about which there is no more to say."""
+    try:
+        load_config(overrides, check_files=True)
+    except ConfigError as error:
+        for fault in error.faults:
+            yield Finding(state="missing", subject="configuration", text=fault)
 
 
 def _devices(num_ranks: int) -> Finding:
@@ -46,36 +60,44 @@ def _pretrained(key: str, folder: Path) -> Finding:
         text = f"{folder} is not a folder here ({Path.cwd()}); download the model and name its folder"
         return Finding(state="missing", subject=key, text=text)
     lacking = [] if (folder / "config.json").exists() else ["config.json"]
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
-        lacking.append(f"weights ({', '.join(_WEIGHTS)})")
+    lacking += _lacking_weights(folder)
     if lacking:
-        return Finding(state="missing", subject=key, text=f"{folder} has no {' and no '.join(lacking)}")
+        text = f"{folder} has no {' and no '.join(lacking)}; download the whole model"
+        return Finding(state="missing", subject=key, text=text)
     return Finding(state="ok", subject=key, text=f"{folder} has a configuration and weights")
 
 
-def _data(config: RunConfig) -> Iterator[Finding]:
+def _lacking_weights(folder: Path) -> list[str]:
+    """Files of weights that are not there; none if the weights are whole, in one file or in parts."""
+    lacking: list[str] = []
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return []
+        if index.exists():
+            try:
+                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                lacking.append(f"{index.name} that can be read")
+                continue
+            absent = [part for part in parts if not (folder / part).exists()]
+            if not absent:
+                return []
+            lacking += absent
+    return lacking or [f"weights ({' or '.join(_WEIGHTS)})"]
+
+
+def _data(data: DataConfig) -> Iterator[Finding]:
     """Whether paths exist; of LLaVA's JSON how many samples are whole, but for their length, which the run looks at."""
-    if not isinstance(data := config.data, LlavaDataConfig):
+    if not isinstance(data, LlavaDataConfig):
         for key in ("path", "tokenizer"):
             if (path := getattr(data, key, None)) is not None:
                 is_there = Path(path).exists()
                 text = f"{path} is there" if is_there else f"{path} is not there (seen from {Path.cwd()})"
                 yield Finding(state="ok" if is_there else "missing", subject=f"data.{key}", text=text)
         return
-    from dynmoe_ds.data.conversations import read_conversations
-
-    for key in ("path", "held_out_path"):
-        try:
-            file = Path(getattr(data, key))
-            kept, broken = read_conversations(file, Path(data.image_folder) if data.image_folder else None, "skip")
-        except DynMoEError as error:
-            yield Finding(state="missing", subject=f"data.{key}", text=str(error))
-            continue
-        text = f"{len(kept)} samples in {file}"
-        if len(broken):
-            text += f", and {len(broken)} that cannot be used:\n{broken.summary()}"
-        is_fine = len(broken) == 0 or data.on_broken == "skip"
-        yield Finding(state="ok" if is_fine else "missing", subject=f"data.{key}", text=text)
+    yield _conversations(data, "path")
+    yield _conversations(data, "held_out_path")
     from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
 
     try:
@@ -83,3 +105,21 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         yield Finding(state="ok", subject="data.tokenizer", text=f"{len(tokenizer)} tokens")
     except DynMoEError as error:
         yield Finding(state="missing", subject="data.tokenizer", text=str(error))
+
+
+def _conversations(data: LlavaDataConfig, key: str) -> Finding:
+    from dynmoe_ds.data.conversations import read_conversations
+
+    subject, file = f"data.{key}", Path(getattr(data, key))
+    try:
+        kept, broken = read_conversations(file, Path(data.image_folder) if data.image_folder else None, "skip")
+    except DynMoEError as error:
+        return Finding(state="missing", subject=subject, text=str(error))
+    text = f"{len(kept)} samples in {file}"
+    if not len(broken):
+        return Finding(state="ok", subject=subject, text=text)
+    text += f", and {len(broken)} that cannot be used:\n{broken.summary()}\n"
+    if data.on_broken == "skip":
+        return Finding(state="note", subject=subject, text=f"{text}They are left out (data.on_broken=skip).")
+    text += "Repair them, or leave them out with data.on_broken=skip."
+    return Finding(state="missing", subject=subject, text=text)

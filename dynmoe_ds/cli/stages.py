@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     left = [folder for folder in folders if not _is_finished(folder)]
     commands: dict[Path, list[str]] = {}
     for name, folder, before in zip(names, folders, [None, *folders], strict=False):
-        overrides = [*_without_adaptation(name, general), *of_stages[name], f"stage={name}", f"run_dir={folder}"]
+        overrides = [*_without_adaptation(name, general, of_stages[name]), f"stage={name}", f"run_dir={folder}"]
         if folder in left:
             found = _faults(overrides, is_last=folder == folders[-1])
             faults += [fault for fault in found if fault not in faults]
@@ -103,16 +103,16 @@ def _run_dir(overrides: Sequence[str], others: Sequence[str], first_stage: str) 
     return Path(_value(overrides, _RUN_DIR) or load_config([*others, f"stage={first_stage}"]).run_dir)
 
 
-def _without_adaptation(stage: str, general: Sequence[str]) -> list[str]:
-    """Overrides for all stages, less those of experts that a stage without experts has not."""
+def _without_adaptation(stage: str, general: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A stage's overrides, its `own` after the `general` ones, less those of experts that a stage without has not."""
     from dynmoe_ds.config.load import load_config
 
-    others = [text for text in general if not text.startswith(("adaptation.", "adaptation="))]
+    others = [*(text for text in general if not text.startswith(("adaptation.", "adaptation="))), *own]
     try:
         has_experts = load_config([*others, f"stage={stage}"]).adaptation is not None
     except ConfigError:
-        return list(general)  # which is reported with its faults
-    return list(general) if has_experts else others
+        return [*general, *own]  # which is reported with its faults
+    return [*general, *own] if has_experts else others
 
 
 def _faults(overrides: Sequence[str], is_last: bool) -> Sequence[str]:

@@ -1,5 +1,6 @@
 """The data of a run: read, split, tokenised, packed and dealt out to the ranks."""
 
+from dynmoe_ds.data.conversations import BrokenSamples
 from dynmoe_ds.data.examples import Examples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
@@ -21,6 +22,7 @@ __all__ = [
     "END_OF_TEXT",
     "BatchLoader",
     "BlendedWindows",
+    "BrokenSamples",
     "ConversationData",
     "ConversationExamples",
     "Examples",

@@ -59,7 +59,9 @@ class BrokenSamples:
             raise DataError(f"{file} has no samples.")
         if len(self) and (on_broken == "stop" or num_kept == 0):
             advice = (
-                "Repair them, or leave them out with data.on_broken=skip." if num_kept else "Nothing is left of it."
+                "Repair them, or leave them out with data.on_broken=skip."
+                if num_kept
+                else "Nothing is left of it. Repair it, or name another file, or the right data.image_folder."
             )
             total = len(self) + num_kept
             raise DataError(f"{len(self)} of {total} samples in {file} cannot be used.\n{self.summary()}\n{advice}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.errors import DataError
 
 TEXT_KIND, IMAGE_KIND = "text", "image"
+_UNDECODABLE = "an image cannot be decoded"
 _DECODING_THREADS = 4  # PIL decodes outside of Python's lock
 
 logger = logging.getLogger(__name__)
@@ -130,13 +132,14 @@ class ConversationExamples:
     """Conversations by index, or rows of several; images are decoded when a batch is asked for.
 
     on_broken: what is done about an image that cannot be decoded. rows: the samples of every packed row, by index; None
-    where each sample is a row.
+    where each sample is a row. left_out: the samples that `batch` was asked for and left out so far, in this process.
     """
 
     samples: tuple[Sample, ...]
     form: InputForm
     on_broken: Literal["skip", "stop"]
     rows: tuple[tuple[int, ...], ...] | None = None
+    left_out: BrokenSamples = field(default_factory=BrokenSamples)
 
     def __len__(self) -> int:
         return len(self.samples if self.rows is None else self.rows)
@@ -174,8 +177,9 @@ class ConversationExamples:
         L is that of the longest example; the others are padded on the right. Images stand in the order of their tokens.
         Without any, one of the mean colour is there in vain: vision tower and projector take part in every pass. Packed
         rows come with `packed_positions` [B, L] int64, which begin at 0 again where a sample does, and padding. An
-        example whose image cannot be decoded is, with `skip`, replaced by the one after it, which is logged; held-out
-        ones are looked at when they are loaded. Out of a packed row it is left out, unless nothing else is in it.
+        example whose image cannot be decoded is, with `skip`, replaced by the one after it, which is logged and counted
+        (`left_out`); held-out ones are looked at when they are loaded. Out of a packed row it is left out, unless
+        nothing else is in it.
         Raises: DataError, with `stop`, for such an image, on the rank that reads it.
         """
         try:
@@ -199,8 +203,12 @@ class ConversationExamples:
         """The samples of the row at `index` whose images can be decoded, or of the next row that has any."""
         for step in range(len(self)):
             row = self._row((index + step) % len(self))
-            if kept := tuple(sample for sample in row if self._is_decodable(sample)):
-                return kept
+            is_kept = list(map(self._is_decodable, row))
+            if step == 0:  # the others are counted when it is their turn
+                for sample in compress(row, (not kept for kept in is_kept)):
+                    self.left_out.add(_UNDECODABLE, sample.name)
+            if any(is_kept):
+                return tuple(compress(row, is_kept))
         raise DataError("No sample has images that can be decoded.")
 
     def _is_decodable(self, sample: Sample) -> bool:
@@ -267,7 +275,7 @@ def _load(
             elif (sample.labels == IGNORED).all():
                 broken.add("no answer has a token to learn", sample.name)
             elif is_held_out and (file_name := _undecodable(sample)):
-                broken.add("an image cannot be decoded", f"{sample.name} ({file_name})")
+                broken.add(_UNDECODABLE, f"{sample.name} ({file_name})")
             else:
                 samples.append(sample)
         broken.refuse(f"{file}", len(samples), config.on_broken)

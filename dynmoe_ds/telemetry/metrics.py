@@ -62,6 +62,9 @@ METRICS: dict[str, ListedMetric] = {
         "Most memory of a rank: GPU memory allocated since the last line; on a CPU resident since the start."
     ),
     "train/skipped_steps": _brief("Steps since step 0 whose update was left out for NaN or infinity."),
+    "train/left_out_samples": _brief(
+        "Training samples left out because an image cannot be decoded, since the process began."
+    ),
     "eval/loss": _brief(
         "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error."
     ),

@@ -35,8 +35,13 @@ def cost_metrics(
     parameters: ParameterCount,
     flops: FlopCount,
 ) -> list[Metric]:
-    """What an average token of these loads cost; nothing for a model without experts, where it never changes."""
-    if not loads.records:
+    """What an average token of these loads cost.
+
+    A model without experts, where it never changes, is told of at evaluations alone; one with experts that saw no
+    token, not at all.
+    """
+    has_experts = bool(parameters.per_expert)
+    if not loads.records and (has_experts or group == "moe"):
         return []
     mean_k = loads.mean_k()
     num_live = {layer: len(placement.live_ids) for layer, placement in placements.items()}

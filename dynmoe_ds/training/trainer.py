@@ -31,6 +31,7 @@ from dynmoe_ds.telemetry.run_folder import MODEL_FILE
 from dynmoe_ds.telemetry.run_owner import RunOwnership
 from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training.expert_loads import ExpertLoads
+from dynmoe_ds.training.left_out import left_out_metrics, tell_left_out
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, rank_metrics, traffic_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, mark_finished
 from dynmoe_ds.training.run_log import RunLog, on_first_rank
@@ -190,6 +191,7 @@ class Trainer:
     def _finish(self) -> None:
         """Leave the trained model, a sample and the mark of a run that has come to its end. Collective: every rank."""
         self.checkpoints.settle()
+        tell_left_out(self.task.left_out)
         on_first_rank(lambda: clear_results(self.run_dir, MODEL_FOLDER))
         if self.config.training.save_model:
             save_model(self.engine, Path(self.run_dir) / MODEL_FOLDER)
@@ -302,6 +304,7 @@ class Trainer:
         ]
         if self.config.training.on_non_finite != "stop":
             metrics.append(Metric(name="train/skipped_steps", value=self.engine.skipped_steps, reduction="last"))
+        metrics += left_out_metrics(self.task.left_out)
         norm = self.engine.gradient_norm()
         return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
 

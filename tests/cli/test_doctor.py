@@ -26,6 +26,7 @@ def test_this_machine_is_fine(capsys: pytest.CaptureFixture[str], monkeypatch: p
         "accelerator",
         "gloo",
         "nccl",
+        "bfloat16 on the CPU",
         "apex",
         "megatron-core",
     ):
@@ -68,6 +69,33 @@ def test_a_deepspeed_that_cannot_be_imported_is_missing(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     accelerator = next(iter(doctor.device_findings()))
     assert accelerator.state == "missing" and accelerator.text.startswith("deepspeed cannot be imported: ")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "state", "text"),
+    [
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, "ok", "in hardware (avx512_bf16)"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "ok", "in hardware (amx_bf16, avx512_bf16)"),
+        ({"architecture": "aarch64", "bf16": True}, "ok", "in hardware (bf16)"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "note", "this processor has no arithmetic for it"),
+    ],
+)
+def test_bfloat16_is_known_to_be_fast_or_slow(
+    capabilities: dict[str, object], state: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    finding = doctor.bfloat16_finding()
+    assert finding.state == state and finding.text.startswith(text)
+    assert (state == "note") == ("parallel.dtype=float32 is the faster one" in finding.text)
+
+
+def test_what_torch_says_of_this_processor_is_what_the_kernel_says() -> None:
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        pytest.skip("no /proc/cpuinfo to compare with")
+    flags = information.read_text().split()
+    has_arithmetic = not {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}.isdisjoint(flags)
+    assert (doctor.bfloat16_finding().state == "ok") == has_arithmetic
 
 
 @pytest.mark.parametrize(

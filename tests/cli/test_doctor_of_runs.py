@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from tests.helpers.recipe_parts import recipe_overrides, write_recipe_parts
 from tests.helpers.vision_language import DATA, write_digits
 
 from dynmoe_ds.cli.doctor_of_runs import run_findings
@@ -41,8 +44,8 @@ def test_pretrained_folders_are_looked_into(digits: Path, tmp_path: Path) -> Non
     models = [f"model.vision_pretrained={whole}", "model.vision_sizes=null", "model.text_sizes=null"]
     found = examine(digits, *models, f"model.text_pretrained={empty}")
     assert found["model.vision_pretrained"] == ("ok", f"{whole} has a configuration and weights")
-    lacking = f"{empty} has no config.json and no weights (*.safetensors, *.bin)"
-    assert found["model.text_pretrained"] == ("missing", lacking)
+    lacking = f"{empty} has no config.json and no weights (model.safetensors or pytorch_model.bin)"
+    assert found["model.text_pretrained"] == ("missing", f"{lacking}; download the whole model")
     found = examine(digits, *models, "model.text_pretrained=gone")
     assert found["model.text_pretrained"][0] == "missing" and found["model.text_pretrained"][1].startswith(
         "gone is not a"
@@ -54,10 +57,12 @@ def test_samples_are_counted(digits: Path, tmp_path: Path) -> None:
     samples[0]["image"] = "gone.png"
     file = tmp_path / "more.json"
     file.write_text(json.dumps(samples))
-    for policy, state in (("stop", "missing"), ("skip", "ok")):
+    advice = {"stop": "Repair them, or leave them out with", "skip": "They are left out (data.on_broken=skip)."}
+    for policy, state in (("stop", "missing"), ("skip", "note")):
         found = examine(digits, f"data.path={file}", f"data.on_broken={policy}")["data.path"]
         assert found[0] == state
         assert found[1].startswith(f"47 samples in {file}, and 1 that cannot be used:\n  - 1 x an image is missing: ")
+        assert found[1].splitlines()[-1].startswith(advice[policy])
     file.write_text("[")
     assert "is not valid JSON" in examine(digits, f"data.path={file}")["data.path"][1]
     empty = tmp_path / "tokenizer"
@@ -72,6 +77,121 @@ def test_other_data_are_looked_for(tmp_path: Path) -> None:
     found = run_findings(["experiment=image_vit_small", "data.path=gone", "run_dir=never"])
     (missing,) = (finding for finding in found if finding.subject == "data.path")
     assert missing.state == "missing" and missing.text.startswith("gone is not there (seen from")
+    found = run_findings(["data=token_shards", f"data.path={tmp_path}", "run_dir=never"])
+    (missing,) = (finding for finding in found if finding.subject == "data.path")
+    assert missing.state == "missing" and "which has no index.json here" in missing.text
+
+
+RECIPES = ("stablelm", "qwen", "phi")
+OF_RECIPE = {"configuration", "ranks", "model.vision_pretrained", "model.text_pretrained", "data.path"}
+OF_RECIPE |= {"data.held_out_path", "data.tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe_parts(tmp_path_factory.mktemp("recipes"), *RECIPES)
+
+
+def examine_recipe(parts: Path, name: str, *overrides: str) -> dict[str, tuple[str, str]]:
+    """What is said of the language's stage of a recipe, which can start from the decoder's own folder, too."""
+    mark = "language:"
+    given = [
+        text.removeprefix(mark) for text in recipe_overrides(parts, name) if text.startswith(mark) or ":" not in text
+    ]
+    findings = list(run_findings([*given, "stage=language", "run_dir=never", *overrides]))
+    found = {finding.subject: (finding.state, finding.text) for finding in findings}
+    assert len(found) == len(findings), "one line for each part"
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_has_everything(name: str, parts: Path) -> None:
+    found = examine_recipe(parts, name)
+    assert found.keys() == OF_RECIPE and {state for state, _ in found.values()} == {"ok"}
+    assert found["ranks"][1] == "8 can be started here"
+    assert found["data.path"][1].startswith("12 samples in ")
+
+
+VISION, TEXT, TOKENIZER = "model.vision_pretrained", "model.text_pretrained", "data.tokenizer"
+LACKING = {
+    "the decoder": (TEXT, "gone", "gone is not a folder here"),
+    "its weights": (TEXT, "{empty}", "{empty} has no weights (model.safetensors or pytorch_model.bin); download the"),
+    "a part of them": (TEXT, "{part}", "{part} has no model-2.safetensors; download the whole model"),
+    "their index": (TEXT, "{torn}", "{torn} has no pytorch_model.bin.index.json that can be read; download the"),
+    "the tower": (VISION, "gone", "gone is not a folder here"),
+    "its configuration": (VISION, "{bare}", "{bare} has no config.json; download the whole model"),
+    "the tokenizer": (TOKENIZER, "gone", "data.tokenizer is 'gone', which does not exist here ("),
+    "its files": (TOKENIZER, "{empty}", "data.tokenizer is '{empty}' but holds no tokenizer that can be read"),
+    "training data": ("data.path", "gone.json", "data.path is 'gone.json', which is not a file here ("),
+    "held-out data": ("data.held_out_path", "gone.json", "data.held_out_path is 'gone.json', which is not a file here"),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of models that lack something."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("empty", "part", "torn", "bare")}
+    for name in ("empty", "part", "torn"):
+        (folders[name] / "config.json").write_text("{}")
+    (folders["bare"] / "model.safetensors").touch()
+    (folders["part"] / "model-1.safetensors").touch()
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folders["part"] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folders["torn"] / "pytorch_model.bin.index.json").write_text("{")
+    return folders
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_a_recipe_that_lacks_one_part_names_it_alone(what: str, parts: Path, damaged: dict[str, Path]) -> None:
+    subject, value, text = LACKING[what]
+    found = examine_recipe(parts, "phi", f"{subject}={value}".format(**damaged))
+    assert {key for key, (state, _) in found.items() if state != "ok"} == {subject}
+    assert found[subject][0] == "missing" and found[subject][1].startswith(text.format(**damaged)), found[subject]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_lacks_every_part_names_all(name: str, parts: Path) -> None:
+    gone = {subject: "gone.json" for subject, _, _ in LACKING.values()}
+    found = examine_recipe(parts, name, *(f"{subject}={value}" for subject, value in gone.items()))
+    assert {key for key, (state, _) in found.items() if state == "missing"} == gone.keys()
+    assert found["configuration"][0] == found["ranks"][0] == "ok"
+
+
+def test_weights_in_parts_are_whole_when_all_parts_are_there(
+    parts: Path, damaged: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = shutil.copytree(damaged["part"], tmp_path / "whole")
+    (whole / "model-2.safetensors").touch()
+    assert examine_recipe(parts, "phi", f"{TEXT}={whole}")[TEXT][0] == "ok"
+
+
+def test_a_recipe_without_its_images(parts: Path, tmp_path: Path) -> None:
+    found = examine_recipe(parts, "phi", "data.image_folder=gone")
+    assert found["data.image_folder"][0] == "missing"
+    assert found["data.image_folder"][1].startswith("data.image_folder is 'gone', but there is no such folder here (")
+    found = examine_recipe(parts, "phi", f"data.image_folder={tmp_path}", f"data.path={parts / 'captions.json'}")
+    state, text = found["data.path"]
+    assert state == "missing" and "6 x an image is missing: c0" in text and "the right data.image_folder" in text
+    found = examine_recipe(parts, "phi", f"data.image_folder={tmp_path}")
+    assert found["data.path"][0] == "note" and "6 x an image is missing: i0" in found["data.path"][1]
+
+
+def test_a_recipe_with_too_few_gpus(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    state, text = examine_recipe(parts, "qwen")["ranks"]
+    assert state == "missing" and text.startswith(
+        "parallel.num_ranks is 8 but there are 4 GPUs here. Use parallel.num_"
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_of_which_nothing_is_given_lists_all_that_it_needs(name: str) -> None:
+    findings = list(run_findings([f"experiment=moe_llava_{name}", "stage=projector", "run_dir=never"]))
+    assert {(finding.state, finding.subject) for finding in findings} == {("missing", "configuration")}
+    told = [finding.text.split(" ", 1)[0] for finding in findings]
+    assert sorted(told) == ["One", "One", "data.held_out_path", "data.path", "data.tokenizer"]
 
 
 def test_faults_are_missing_and_end_with_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,15 @@ def test_an_override_may_be_of_one_stage_alone(started: Started, tmp_path: Path)
 def test_stages_without_experts_do_not_hear_of_adaptation(started: Started, tmp_path: Path) -> None:
     assert stages(tmp_path / "run", "adaptation.every_steps=50", "demo_experts:training.save_model=false") == 0
     assert [("adaptation.every_steps=50" in given) for given in started.overrides] == [False, False, True]
+    # Also where what every stage needs is given to each by itself.
+    before = len(started.overrides)
+    started.codes += [0, 0, 0]
+    files = [text for text in FILES if not text.startswith("data.path=")]
+    names = ("demo_projector", "demo_language", "demo_experts")
+    own = [f"{name}:data.path=train.json" for name in names]
+    given = ["experiment=demo_vl", STAGES, *files, *own, "adaptation.every_steps=50", f"run_dir={tmp_path}/other"]
+    assert main(["stages", *given]) == 0
+    assert [("adaptation.every_steps=50" in given) for given in started.overrides[before:]] == [False, False, True]
 
 
 def test_it_is_no_work_for_a_launcher(

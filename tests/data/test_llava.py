@@ -129,6 +129,13 @@ def test_an_image_that_cannot_be_decoded_gives_its_place_to_the_next_sample(fold
         batch = data.train.batch([0])
     assert all(torch.equal(batch[name], tensor) for name, tensor in data.train.batch([1]).items())
     assert "Sample bad is left out" in caplog.text and "broken.png cannot be read as an image" in caplog.text
+    assert data.train.left_out.found == {"an image cannot be decoded": ["bad"]}
+    data.train.batch([1, 2])
+    data.train.batch([0, 3])
+    assert len(data.train.left_out) == 2, "as often as it was its turn"
+    both = load(folder, [samples[0], samples[0] | {"id": "worse"}, *SAMPLES], on_broken="skip").train
+    both.batch([0, 2])
+    assert both.left_out.found == {"an image cannot be decoded": ["bad"]}, "it was not the turn of the one after it"
     with pytest.raises(DataError, match=r"broken.png cannot be read as an image"):
         load(folder, samples).train.batch([0])
     with pytest.raises(DataError, match="No sample has images that can be decoded"):

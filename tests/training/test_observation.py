@@ -199,6 +199,15 @@ def test_cost_follows_the_measured_mean_k_and_the_live_experts():
     assert _values(cost_metrics("eval", _loads([8.0, 0.0]), *costs)) == {f"eval/{k}": v for k, v in expected.items()}
     training = {f"moe/{k}": v for k, v in expected.items()} | {"moe/training_flops_per_token": 3 * 87}
     assert _values(cost_metrics("moe", _loads([8.0, 0.0]), *costs)) == training
+    assert cost_metrics("moe", ExpertLoads(), *costs) == [] == cost_metrics("eval", ExpertLoads(), *costs)
+
+
+def test_a_dense_model_costs_all_it_has_at_evaluations():
+    none = {"num_live": {}, "per_expert": {}, "per_router_row": {}}
+    parameters = ParameterCount(in_slots=1000, live=1000, live_without_experts=1000, **none)
+    costs = ({}, parameters, FlopCount(linear=50, attention=5, routers=0, per_expert={}))
+    expected = {"eval/active_parameters": 1000, "eval/forward_flops_per_token": 55}
+    assert _values(cost_metrics("eval", ExpertLoads(), *costs)) == expected
     assert cost_metrics("moe", ExpertLoads(), *costs) == []
 
 

@@ -24,10 +24,11 @@ from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
 from dynmoe_ds.models import build_decoder, build_vision_language, vision_language
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.saved_run import SavedRun
 from dynmoe_ds.training.tasks import VisionLanguage
 
 _OF_RANKS = {f"moe/{name}_per_token" for name in ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")}
-TEXT_MODEL = "model.language_model."
+TEXT_MODEL, PROJECTOR = "model.language_model.", "multi_modal_projector"
 STAGES = {
     "projector": [],
     "language": ["stage.trained=[projector,language_model]"],
@@ -82,6 +83,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter is of; the router's or the experts' where it is theirs."""
+    if name.startswith((TEXT_MODEL, "lm_head.")):
+        return next((part for part in ("router", "experts") if f".{part}." in name), "language_model")
+    return name.split(".")[1]
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
 @pytest.mark.timeout(400)
 def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Path, tmp_path: Path) -> None:
@@ -92,6 +100,9 @@ def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Pat
         if stage != "experts":  # where rows are packed
             assert any(len(set(kinds)) == 2 for kinds in at_once), "no moment with text on one rank, images on another"
         (first, *_, got), (first_alone, *_, want) = metrics(tmp_path / stage), metrics(alone / stage)
+        parts = {"projector": {PROJECTOR}, "language": {PROJECTOR, "language_model"}, "experts": {"router", "experts"}}
+        for trained in (of_rank[number][1] for of_rank in found):
+            assert {part_of(name) for name in trained} == parts[stage]
         for name in ("train/loss", "train/gradient_norm"):
             assert first[name] == pytest.approx(first_alone[name], rel=2e-5 if number == 0 else 1e-3), (stage, name)
         for name in ("train/loss", "eval/loss"):
@@ -257,6 +268,37 @@ def test_a_decoder_that_may_mix_packed_samples_is_refused(digits: Path, tmp_path
     task = VisionLanguage(tiny_run(digits, tmp_path / "run", "projector", "data.packing=true"))
     with pytest.raises(ConfigError, match=r"is of type llama. Samples in one row are known to stay apart in phi. Set"):
         task.build_model()
+
+
+def test_the_log_says_what_trains(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = {
+        "projector": r"Training projector: .*, which are 1 x model.multi_modal_projector.linear_1.weight, .*",
+        "language": r"Training projector, language_model: .* 3 x model.language_model.layers.\*.mlp.up_proj.weight, .*",
+        "experts": r"Training experts: .*, which are 2 x model.language_model.layers.\*.mlp.experts.w1, .*",
+    }
+    for stage, overrides in STAGES.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            model = VisionLanguage(tiny_run(digits, tmp_path / "run", stage, *overrides)).build_model()
+        (line,) = [message for message in caplog.messages if message.startswith("Training ")]
+        assert re.fullmatch(wanted[stage], line)
+        params = list(model.parameters())
+        trained = sum(param.numel() for param in params if param.requires_grad) / 1e6
+        total = sum(param.numel() for param in params) / 1e6
+        assert f": {trained:.2f}M of {total:.2f}M parameters on this rank, which" in line and trained < total
+        told = re.findall(r"(\d+) x ", line)
+        assert sum(map(int, told)) == sum(param.requires_grad for param in params)
+
+
+def test_an_evaluation_of_a_dense_run_gives_its_parameters(digits: Path, alone: Path) -> None:
+    """All of them, at the end of the run and afterwards; none at the steps between, where they would never change."""
+    run = SavedRun(alone / "language")
+    found = {metric.name: metric.value for metric in run.evaluate()}
+    assert found["eval/active_parameters"] == sum(param.numel() for param in run.model.parameters())
+    first, *_, last = metrics(alone / "language")
+    for name in ("eval/active_parameters", "eval/forward_flops_per_token"):
+        assert found[name] == last[name] > 0 and name not in first
+    assert not any(name.startswith("moe/") for name in last)
 
 
 def test_a_tokenizer_that_cannot_end_an_answer_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ class _Classification:
     def token_kinds(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def left_out(self) -> None:
+        return None
+
     def build_model(self) -> nn.Module:
         return build_classifier(self.config, self.backbone)
 

@@ -70,6 +70,10 @@ class LanguageModeling:
     def token_kinds(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def left_out(self) -> None:
+        return None
+
     def build_model(self) -> nn.Module:
         return build_decoder(self.config, self.data.vocab_size, self.data.end_of_text)
 

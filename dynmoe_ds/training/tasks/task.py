@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dynmoe_ds.data import Examples, Grouping
+from dynmoe_ds.data import BrokenSamples, Examples, Grouping
 from dynmoe_ds.training.engine import TrainingEngine
 
 
@@ -34,6 +34,10 @@ class Task(Protocol):
 
     @property
     def token_kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def left_out(self) -> BrokenSamples | None:
+        """Training samples that this rank could not use when it was their turn; None where that stops the run."""
 
     def build_model(self) -> nn.Module:
         """The model before training, float32 on the CPU, the same on every rank but for its slots' experts."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -16,6 +18,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedT
 
 from dynmoe_ds.config.schema import LlavaDataConfig, LlavaModelConfig, RunConfig
 from dynmoe_ds.data import (
+    BrokenSamples,
     ConversationExamples,
     Grouping,
     HeldOutOrder,
@@ -117,6 +120,10 @@ class VisionLanguage:
     @property
     def token_kinds(self) -> tuple[str, ...]:
         return self.data.train.token_kinds
+
+    @property
+    def left_out(self) -> BrokenSamples | None:
+        return self.train.left_out if self.train.on_broken == "skip" else None
 
     def build_model(self) -> nn.Module:
         model = self._start()
@@ -276,7 +283,14 @@ def _statistics(model: LlavaModelConfig, backbone: LlavaConfig) -> ImageStatisti
 
 
 def _announce_trained(model: nn.Module, parts: Sequence[str]) -> None:
-    """Say what trains. Sizes are of this rank's share of the experts."""
+    """Say what trains, the same parameter of several layers as one. Sizes are of this rank's share of the experts."""
     total = sum(param.numel() for param in model.parameters())
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    logger.info("Training %s: %.2fM of %.2fM parameters on this rank", ", ".join(parts), trained / 1e6, total / 1e6)
+    trained = {name: param.numel() for name, param in model.named_parameters() if param.requires_grad}
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in trained)
+    logger.info(
+        "Training %s: %.2fM of %.2fM parameters on this rank, which are %s",
+        ", ".join(parts),
+        sum(trained.values()) / 1e6,
+        total / 1e6,
+        ", ".join(f"{count} x {name}" for name, count in counts.items()),
+    )

@@ -1,0 +1,73 @@
+"""Training samples that cannot be used when it is their turn: counted on all ranks, and named at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from tests.helpers.spawn import run_ranks
+from tests.helpers.vision_language import tiny_run, write_digits
+
+from dynmoe_ds.data import BrokenSamples
+from dynmoe_ds.telemetry import read_metrics
+from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.left_out import left_out_metrics, tell_left_out
+
+
+def test_nothing_is_said_where_nothing_can_be_left_out_or_was(caplog: pytest.LogCaptureFixture) -> None:
+    assert left_out_metrics(None) == []
+    (metric,) = left_out_metrics(BrokenSamples())
+    assert (metric.name, metric.value, metric.reduction) == ("train/left_out_samples", 0, "sum")
+    for left_out in (None, BrokenSamples()):
+        tell_left_out(left_out)
+    assert caplog.messages == []
+
+
+def break_an_image(digits: Path, folder: Path) -> Path:
+    """A copy of the training data whose first two pictures are of no use, and no samples but ten with pictures."""
+    samples = [sample for sample in json.loads((digits / "train.json").read_text()) if "image" in sample][:10]
+    for number, sample in enumerate(samples):
+        image = digits / "images" / sample["image"]
+        (folder / f"{number}.png").write_bytes(b"no image" if number < 2 else image.read_bytes())
+        sample |= {"id": f"sample-{number}", "image": f"{number}.png"}
+    (folder / "train.json").write_text(json.dumps(samples))
+    (folder / "held_out.json").write_text(json.dumps(samples[2:]))
+    return folder
+
+
+def train_on_broken(rank: int, world_size: int, digits: str, folder: str) -> tuple[list[str], list[int]]:
+    """Two passes over them: what is said as warnings and errors, and which sample this rank's turn was at each step."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("dynmoe_ds").addHandler(handler)
+    files = [
+        f"data.{key}={folder}/{name}" for key, name in (("path", "train.json"), ("held_out_path", "held_out.json"))
+    ]
+    config = tiny_run(
+        Path(digits), Path(folder) / "run", "projector", *files, f"data.image_folder={folder}", "data.on_broken=skip",
+        f"parallel.num_ranks={world_size}", "training.micro_batch_size=1", "training.steps=10",
+        "training.log_every_steps=5", "training.eval_every_steps=10", "data.group=false",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    order = trainer.training_order
+    indices = [order.indices(step, 0)[0] for step in range(10)]
+    trainer.run()
+    return told, indices
+
+
+def test_images_that_cannot_be_decoded_are_counted_over_ranks(tmp_path: Path) -> None:
+    digits = write_digits(tmp_path / "digits")
+    found = run_ranks(train_on_broken, 2, f"{digits}", f"{break_an_image(digits, tmp_path)}", timeout_s=200)
+    of_first, of_all = (sum(index < 2 for _, indices in found for index in indices[:steps]) for steps in (5, 10))
+    assert of_all == 4, "two passes over the ten samples"
+    logged = [line["train/left_out_samples"] for line in read_metrics(tmp_path / "run")]
+    assert logged == [of_first, of_all]
+    first, second = (told for told, _ in found)
+    assert sum("is left out: " in message for message in first + second) >= of_all
+    (said,) = [message for message in first if "a training sample was left out" in message]
+    assert said.startswith("4 times a training sample was left out.\n  - 4 x an image cannot be decoded: sample-")
+    assert not any("a training sample was left out" in message for message in second)
