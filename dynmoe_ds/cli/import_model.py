@@ -33,9 +33,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of the published checkpoint")
     parser.add_argument("folder", metavar="FOLDER", help="where to write: a new or an empty folder")
     parser.add_argument("--vision-tower", metavar="DIR", help="the folder of the CLIP that the model sees by")
-    parser.add_argument(
-        "--text-only", action="store_true", help="the language model alone, without tower and projector"
-    )
+    parser.add_argument("--text-only", action="store_true", help="the language model without tower and projector")
     parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer (default: in the checkpoint)")
     parser.add_argument(
         "--template", choices=("plain", "vicuna", "own"), default="vicuna",

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from dynmoe_ds.training.saved_run import SavedRun
 
 RUN_HELP = (
-    "the folder of a run, for the model of its end or else its latest checkpoint; or one of its checkpoints; or a folder "
-    "of `dynmoe import`"
+    "the folder of a run, for the model of its end or else its latest checkpoint; or one of its checkpoints; or a "
+    "folder of `dynmoe import`"
 )
 
 

@@ -30,12 +30,8 @@ TOKENIZER_FILE = "tokenizer.json"
 def check_model_folder(folder: Path) -> None:
     """Raises: DataError for a folder that `load_model_folder` knows nothing of."""
     is_run = any((place / CONFIG_FILE).exists() for place in (folder, *folder.absolute().parents[:2]))
-    if (
-        not is_run
-        and not is_imported(folder)
-        and not _is_saved_model(folder)
-        and not (folder / HUGGING_FACE_FILE).exists()
-    ):
+    is_model = is_imported(folder) or _is_saved_model(folder) or (folder / HUGGING_FACE_FILE).exists()
+    if not is_run and not is_model:
         raise DataError(
             f"{folder} has no {CONFIG_FILE}, {MANIFEST_FILE} or {HUGGING_FACE_FILE} (seen from {Path.cwd()}). Name the "
             "folder of a run, one of `dynmoe export`, or another model in Hugging Face's format."

@@ -42,10 +42,10 @@ def import_to_folder(
     read = _tokenizer(checkpoint if tokenizer is None else Path(tokenizer), told.get("vocab_size"))
     if vision_tower is not None and (form := told.get("image_aspect_ratio")) != _PADDED:
         raise ConfigError(
-            f"image_aspect_ratio is {form!r} in {checkpoint}, but images are padded to a square here ({_PADDED!r}). Read "
-            "the model with dynmoe_ds.import_published_model, and give it images of your own."
+            f"image_aspect_ratio is {form!r} in {checkpoint}, but images are padded to a square here ({_PADDED!r}). "
+            "Read the model with dynmoe_ds.import_published_model, and give it images of your own."
         )
-    vocabulary = None if vision_tower is None else vocabulary_of(read)
+    vocabulary = None if vision_tower is None else vocabulary_of(read, "--tokenizer")
     image_token_id = None if vocabulary is None else vocabulary.image_token_id
     model = import_published_model(checkpoint, vision_tower, text_only=text_only, image_token_id=image_token_id)
     try:
@@ -61,11 +61,11 @@ def import_to_folder(
 def _tokenizer(place: Path, vocab_size: Any) -> PreTrainedTokenizerFast:
     if not (place / "tokenizer.json").exists():
         raise DataError(
-            f"{place} has no tokenizer.json: it has no tokenizer, or one that only its authors' code can read. Name the "
-            "folder of the base model, in the form of transformers' own tokenizers, as --tokenizer."
+            f"{place} has no tokenizer.json: it has no tokenizer, or one that only its authors' code can read. Name "
+            "the folder of the base model, in the form of transformers' own tokenizers, as --tokenizer."
         )
     tokenizer = load_pretrained_tokenizer(f"{place}", needs_padding=False, key="--tokenizer")
-    known: Vocabulary = vocabulary_of(tokenizer)
+    known: Vocabulary = vocabulary_of(tokenizer, "--tokenizer")
     last = max(id_ for id_ in tokenizer.get_vocab().values() if id_ != known.image_token_id)
     if isinstance(vocab_size, int) and last >= vocab_size:
         raise DataError(

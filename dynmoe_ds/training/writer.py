@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -32,7 +32,7 @@ class Prompt:
 class QuestionForm:
     """How questions and images become input of a vision-language model."""
 
-    template: str
+    template: Literal["plain", "vicuna", "own"]
     image: ImageInput
     image_token_id: int
 

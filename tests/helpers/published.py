@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def tower_tensors(model: CLIPVisionModel) -> dict[str, Tensor]:
     return found | {start + "embeddings.position_ids": torch.arange(5)[None]}
 
 
-def published_tensors(family: str, tower_inside: CLIPVisionModel | None = None) -> dict[str, Tensor]:
+def published_tensors(family: str, tower_inside: CLIPVisionModel | None = None, **values: Any) -> dict[str, Tensor]:
     """The weights of a vision-language model; a Phi of the authors has no bias in its output layer."""
-    tensors = checkpoint(BUILD[family]) | projector_tensors()
+    tensors = checkpoint(partial(BUILD[family], **values)) | projector_tensors()
     tensors.pop("lm_head.bias", None)
     return tensors if tower_inside is None else tensors | tower_tensors(tower_inside)
 

@@ -257,13 +257,13 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     return torch.cat(everyone)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast, key: str = "data.tokenizer") -> Vocabulary:
     """What the model must know; a tokenizer without an image token gets one beyond its end.
 
-    Raises: DataError for one without an end-of-text token.
+    key: what the user calls it. Raises: DataError for one without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("data.tokenizer names no end-of-text token (eos_token). Use the folder of a language model.")
+        raise DataError(f"{key} names no end-of-text token (eos_token). Use the folder of a language model.")
     vocabulary = tokenizer.get_vocab()
     known, end = vocabulary.get(IMAGE_TOKEN), max(vocabulary.values()) + 1  # there may be gaps
     return Vocabulary(
