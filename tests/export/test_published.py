@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel, LlavaForC
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError, ConfigError
-from tests.helpers.dynmoe_layout import MASKS, Hooked, gate, phi, stablelm
+from tests.helpers.dynmoe_layout import MASKS, Hooked, gate
 from tests.helpers.published import (
     BUILD,
     IMAGE_SIZE,
@@ -115,13 +115,13 @@ def test_the_language_model_alone_is_as_import_into_a_dense_one(tmp_path: Path) 
     folder = write_published(tmp_path / "published", tensors, published_config("stablelm"))
     got = dm.import_published_model(folder, text_only=True).state_dict()
     ignored = ["model.mm_projector.", "model.image_tower."]
-    want = dm.import_dynmoe_checkpoint(stablelm(), tensors, ignored=ignored).state_dict()
+    want = dm.import_dynmoe_checkpoint(BUILD["stablelm"](), tensors, ignored=ignored).state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_a_checkpoint_without_experts_gives_the_dense_model(tmp_path: Path) -> None:
     """Of the stages before; its gates and masks are not there, and `moe` is neither."""
-    tensors = dict(phi().state_dict())
+    tensors = dict(BUILD["phi"]().state_dict())
     values = published_config("phi", moe=None, mm_image_tower=None, model_type="llava_phi", architectures=None)
     got: Any = dm.import_published_model(write_published(tmp_path / "a", tensors, values))
     assert all(torch.equal(got.state_dict()[name], tensors[name]) for name in tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError, ConfigError
@@ -41,6 +41,10 @@ def test_the_model_computes_what_the_first_qwen_does(experts: dict[int, list[flo
         got = model.double()(input_ids=ids[None]).logits[0]
         want = reference_logits(tensors, tensors["transformer.wte.weight"].double()[ids])
     assert_near(got, want, torch.float32)
+    if not experts:  # then transformers' own class reads it, as model.text_pretrained does
+        model.save_pretrained(tmp_path / "qwen2")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")
+        assert torch.equal(again(input_ids=ids[None]).logits[0], got)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,7 +13,21 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.helpers.dynmoe_layout import MASKS, SIZES, D, E, checkpoint, phi, stablelm, write_weights
 
-BUILD: dict[str, Any] = {"stablelm": stablelm, "phi": phi}
+# None of a default's values, by transformers' names; `TEXT` has them by the authors'.
+BUILD: dict[str, Any] = {
+    "stablelm": partial(
+        stablelm,
+        layer_norm_eps=1e-3,
+        use_qkv_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+    "phi": partial(
+        phi,
+        layer_norm_eps=1e-3,
+        hidden_act="gelu",
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 1.0},
+    ),
+}
 TOWER_WIDTH, IMAGE_SIZE, PATCH_SIZE = 12, 8, 4
 VISION = {
     "mm_image_tower": "openai/clip-vit-large-patch14-336", "mm_video_tower": None, "mm_vision_select_layer": -2,
@@ -29,11 +43,11 @@ COMMON = SIZES | {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 TEXT: dict[str, dict[str, Any]] = {
     "stablelm": {
         "architectures": ["MoELLaVAStablelmForCausalLM"], "model_type": "moe_llava_stablelm", "hidden_act": "silu",
-        "norm_eps": 1e-5, "rope_pct": 0.25, "rope_theta": 10000, "use_qkv_bias": True,
+        "norm_eps": 1e-3, "rope_pct": 0.5, "rope_theta": 500, "use_qkv_bias": False,
     },
     "phi": {
-        "architectures": ["EvalMoELLaVAPhiForCausalLM"], "model_type": "dynmoe_phi", "hidden_act": "gelu_new",
-        "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_scaling": None,
+        "architectures": ["EvalMoELLaVAPhiForCausalLM"], "model_type": "dynmoe_phi", "hidden_act": "gelu",
+        "layer_norm_eps": 1e-3, "partial_rotary_factor": 1.0, "rope_theta": 700.0, "rope_scaling": None,
         "qk_layernorm": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0,
     },
 }  # fmt: skip
