@@ -145,3 +145,6 @@ def test_what_cannot_be_imported(folders: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "new" / "a").touch()
     assert main(["import", f"{published}", f"{tmp_path}/new", *seeing]) == 2
     assert "new exists and is not empty" in capsys.readouterr().err
+    (published / "config.json").write_text(json.dumps(config))
+    assert main(["import", f"{published}", f"{tmp_path}/new/a/b", *seeing]) == 2
+    assert "The model cannot be written to" in capsys.readouterr().err
