@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dynmoe_ds.export import (
         export_hugging_face,
         import_dynmoe_checkpoint,
+        import_published_model,
         import_top_k_model,
         load_model,
         register_auto_classes,
@@ -55,6 +56,7 @@ _ROOMS = {
     "Trainer": "training",
     "export_hugging_face": "export",
     "import_dynmoe_checkpoint": "export",
+    "import_published_model": "export",
     "import_top_k_model": "export",
     "initialize": "engine",
     "load_config": "config.load",
@@ -93,6 +95,7 @@ __all__ = [
     "errors",
     "export_hugging_face",
     "import_dynmoe_checkpoint",
+    "import_published_model",
     "import_top_k_model",
     "initialize",
     "load_config",

@@ -15,6 +15,7 @@ from dynmoe_ds.cli import (
     evaluate,
     export,
     generate,
+    import_model,
     inspect,
     launch,
     plan,
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     before = (train, launch, stages, config, plan, tokenize, data, doctor)
-    after = (evaluate, generate, export, report, watch, inspect)
+    after = (evaluate, generate, export, import_model, report, watch, inspect)
     for verb in (*before, *after):
         verb.add_verb(verbs)
     for one in (parser, *verbs.choices.values()):

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dynmoe_ds.training.saved_run import SavedRun
 
-RUN_HELP = "the folder of a run, for the model of its end or else its latest checkpoint; or one of its checkpoints"
+RUN_HELP = (
+    "the folder of a run, for the model of its end or else its latest checkpoint; or one of its checkpoints; or a "
+    "folder of `dynmoe import`"
+)
 
 
 def open_saved(path: str) -> SavedRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynmoe_ds.distributed import current_layout, raise_together
 from dynmoe_ds.errors import CheckpointError, ConfigError
-from dynmoe_ds.export.weight_files import FolderTensors, tensor_shape
+from dynmoe_ds.export.weight_files import FolderTensors, TensorViews, View
 from dynmoe_ds.moe import MoELayer, Placement
 from dynmoe_ds.moe.layer import layer_faults
 from dynmoe_ds.moe.seeds import layer_seed
@@ -105,24 +105,24 @@ def import_dynmoe_checkpoint(
     return model
 
 
-class _Renamed(Mapping[str, Tensor]):
-    """Tensors under other names: `names` holds the original name of each."""
+@torch.no_grad()
+def fill_dense_model(model: M, tensors: TensorViews) -> M:
+    """`model` itself with the weights of a checkpoint without experts.
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
+    Raises: CheckpointError, with names, for tensors that are missing, have no place or another shape; the model is
+    unchanged then.
+    """
+    faults = _Faults()
+    places = _dense_places(model, (), tensors, set(), faults)
+    faults.raise_any(model)
+    for name, target in places.items():
+        target.copy_(tensors[name])
+    return model
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return tensor_shape(self._tensors, self._names[name])
+def has_experts(names: Iterable[str]) -> bool:
+    """Whether tensors of such names are a checkpoint of DynMoE's."""
+    return any(_LAYER_TENSOR.fullmatch(name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +152,7 @@ class _Source:
 class _Plan:
     """Everything that is to be done, found to be possible. dense: the model's tensor for each of these names."""
 
-    tensors: _Renamed
+    tensors: TensorViews
     layers: tuple[_Source, ...]
     dense: Mapping[str, Tensor]
 
@@ -201,7 +201,7 @@ def _checked(
     else:
         stored = FolderTensors(Path(checkpoint))
         faults.others += _config_faults(model, Path(checkpoint) / "config.json")
-    tensors = _Renamed(stored, _new_names(stored, renamed, ignored))
+    tensors = TensorViews(stored, {new: View(name=name) for new, name in _new_names(stored, renamed, ignored).items()})
 
     found = {name: match for name in tensors if (match := _LAYER_TENSOR.fullmatch(name))}
     paths = list(dict.fromkeys(match["path"] for match in found.values()))
@@ -250,7 +250,7 @@ def _new_names(names: Iterable[str], renamed: Mapping[str, str], ignored: Sequen
     return new_names
 
 
-def _source(ffn: FFN, kind: str, tensors: _Renamed, faults: _Faults) -> _Source | None:
+def _source(ffn: FFN, kind: str, tensors: TensorViews, faults: _Faults) -> _Source | None:
     """A layer of the checkpoint; None, with its faults collected, if its gate is not whole."""
     own = {name: f"{ffn.form.linears[name[1:]]}.{_WEIGHT_OR_BIAS[name[0]]}" for name in ffn.parameters()}
     source = _Source(ffn=ffn, kind=kind, own=own, live=(), num_places=0, temperature=1.0)
@@ -283,7 +283,7 @@ def _source(ffn: FFN, kind: str, tensors: _Renamed, faults: _Faults) -> _Source 
     return source
 
 
-def _check_experts(source: _Source, tensors: _Renamed, faults: _Faults) -> None:
+def _check_experts(source: _Source, tensors: TensorViews, faults: _Faults) -> None:
     """Collect what is wrong with a layer's experts; of masked ones only the names count."""
     expected = {own: source.ffn.parameters()[name].shape for name, own in source.own.items()}
     for index in source.live:
@@ -299,7 +299,7 @@ def _check_experts(source: _Source, tensors: _Renamed, faults: _Faults) -> None:
 
 
 def _dense_places(
-    model: nn.Module, replaced: Sequence[FFN], tensors: _Renamed, in_layers: set[str], faults: _Faults
+    model: nn.Module, replaced: Sequence[FFN], tensors: TensorViews, in_layers: set[str], faults: _Faults
 ) -> dict[str, Tensor]:
     """The model's own tensor for every name outside of the layers with experts. Of tied ones one name is enough."""
     gone = tuple(f"{ffn.path}." for ffn in replaced)
@@ -320,7 +320,7 @@ def _dense_places(
     return {name: targets[name] for name in first.values()}
 
 
-def _check_shape(tensors: _Renamed, name: str, shape: tuple[int, ...], faults: _Faults) -> bool:
+def _check_shape(tensors: TensorViews, name: str, shape: tuple[int, ...], faults: _Faults) -> bool:
     """Whether the shape is as expected; if not, that is collected."""
     got = tensors.shape(name)
     if got != shape:

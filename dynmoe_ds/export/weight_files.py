@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,43 @@ class FolderTensors(Mapping[str, Tensor]):
         return self._shapes[name]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """A tensor by the name it is stored under, or the `index`-th of `parts` equal parts of its first dimension."""
+
+    name: str
+    index: int = 0
+    parts: int = 1
+
+
+class TensorViews(Mapping[str, Tensor]):
+    """Tensors under other names, and parts of tensors; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], views: Mapping[str, View]) -> None:
+        self._tensors, self._views = tensors, views
+
+    def __getitem__(self, name: str) -> Tensor:
+        view = self._views[name]
+        return self._tensors[view.name].chunk(view.parts)[view.index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        view = self._views[name]
+        shape = tensor_shape(self._tensors, view.name)
+        if view.parts == 1 or shape[0] % view.parts:  # no equal parts: then the whole shape is what does not fit
+            return shape
+        return (shape[0] // view.parts, *shape[1:])
+
+
 def tensor_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of one of `tensors`, from its file's header where it lies in a file."""
-    return tensors.shape(name) if isinstance(tensors, FolderTensors) else tuple(tensors[name].shape)
+    return tensors.shape(name) if isinstance(tensors, FolderTensors | TensorViews) else tuple(tensors[name].shape)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from dynmoe_ds.errors import CheckpointError, DataError
 from dynmoe_ds.export import load_model, register_auto_classes
 from dynmoe_ds.export.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from dynmoe_ds.moe import moe_layers, watch_padding
-from dynmoe_ds.training.saved_run import CONFIG_FILE, SavedRun
+from dynmoe_ds.training.saved_run import CONFIG_FILE, SavedRun, is_imported
 from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
 
 HUGGING_FACE_FILE = "config.json"
@@ -30,7 +30,8 @@ TOKENIZER_FILE = "tokenizer.json"
 def check_model_folder(folder: Path) -> None:
     """Raises: DataError for a folder that `load_model_folder` knows nothing of."""
     is_run = any((place / CONFIG_FILE).exists() for place in (folder, *folder.absolute().parents[:2]))
-    if not is_run and not _is_saved_model(folder) and not (folder / HUGGING_FACE_FILE).exists():
+    is_model = is_imported(folder) or _is_saved_model(folder) or (folder / HUGGING_FACE_FILE).exists()
+    if not is_run and not is_model:
         raise DataError(
             f"{folder} has no {CONFIG_FILE}, {MANIFEST_FILE} or {HUGGING_FACE_FILE} (seen from {Path.cwd()}). Name the "
             "folder of a run, one of `dynmoe export`, or another model in Hugging Face's format."

@@ -16,14 +16,14 @@ from dynmoe_ds.config.build import build
 from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.export import load_checkpoint_model, load_model
-from dynmoe_ds.export.manifest import read_manifest
+from dynmoe_ds.export.manifest import MANIFEST_FILE, read_manifest
 from dynmoe_ds.models import count_flops, count_parameters, take_conversations
 from dynmoe_ds.moe import StepLedger, labelled, moe_layers, watch_padding
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, MODEL_FILE
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics
-from dynmoe_ds.training.tasks import Task, build_task
+from dynmoe_ds.training.tasks import HeldOutTask, Task, build_task
 
 MODEL_FOLDER = "model"
 
@@ -32,17 +32,19 @@ class SavedRun:
     """The configuration and the model of a run, on this machine's accelerator if it has one.
 
     path: a run folder, whose model is that of its end (`model`) or else of its latest checkpoint; or a checkpoint of a
-    run, or its folder of checkpoints, for the latest. source: where the model is from. folder: the run's.
+    run, or its folder of checkpoints, for the latest; or a folder of `dynmoe import`, which has a model and no
+    configuration. source: where the model is from. folder: the run's.
     Raises: DataError if there is neither a model nor a checkpoint of a run; ConfigError for a run of a task whose model
     cannot be built again; CheckpointError for a model or a checkpoint that cannot be loaded.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.folder, self.source = _find(Path(path))
-        self.config = _read_config(self.folder / CONFIG_FILE)
-        if isinstance(self.config.data, GlueDataConfig | ImageFolderConfig):
+        has_config = (self.folder / CONFIG_FILE).exists()
+        self._config = _read_config(self.folder / CONFIG_FILE) if has_config else None
+        if self._config is not None and isinstance(self._config.data, GlueDataConfig | ImageFolderConfig):
             raise ConfigError(
-                f"{self.folder} is of a run with data.name {self.config.data.name}. Only models of text and "
+                f"{self.folder} is of a run with data.name {self._config.data.name}. Only models of text and "
                 "vision-language models are built again from a run folder; its metrics.jsonl has what was evaluated."
             )
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -66,17 +68,27 @@ class SavedRun:
         dtype: torch.dtype = getattr(torch, self.config.parallel.dtype)
         return load_checkpoint_model(open_checkpoint(self.source), read_manifest(description), description, dtype)
 
+    @property
+    def config(self) -> RunConfig:
+        """The run's. Raises: DataError for an imported model, which is of no run here."""
+        if self._config is None:
+            raise DataError(
+                f"{self.folder} holds an imported model, which has no data of its own. Give conversations to evaluate "
+                "on with --held-out, or benchmarks with --tasks."
+            )
+        return self._config
+
     @cached_property
     def task(self) -> Task:
-        """The run's task. Raises: DataError for data that are not there any more."""
+        """The run's task. Raises: DataError for data that are not there any more, and as `config`."""
         return build_task(self.config)
 
-    def evaluate(self) -> list[Metric]:
-        """What the run's task measures on its held-out data, with mean k and active parameters beside it.
+    def evaluate(self, task: HeldOutTask | None = None) -> list[Metric]:
+        """What `task`, or else the run's, measures on its held-out data, with mean k and active parameters beside it.
 
         Raises: DataError for data that is not there any more.
         """
-        task = self.task
+        task = self.task if task is None else task
         with StepLedger(evaluation=True, num_kinds=len(task.token_kinds)) as ledger:
             values = task.evaluate(_Alone(self.model))
         placements = {name: layer.placement for name, layer in self.layers.items()}
@@ -96,6 +108,11 @@ class SavedRun:
         ]
 
 
+def is_imported(folder: Path) -> bool:
+    """Whether `dynmoe import` wrote the folder: it holds a model and is of no run."""
+    return not (folder / CONFIG_FILE).exists() and (folder / MODEL_FOLDER / MANIFEST_FILE).exists()
+
+
 def _find(path: Path) -> tuple[Path, Path]:
     """The run folder, and the model or the checkpoint in it.
 
@@ -106,6 +123,8 @@ def _find(path: Path) -> tuple[Path, Path]:
         is_checkpoint, is_folder_of_them = (it.name == CHECKPOINT_FOLDER for it in (absolute.parent, absolute))
         folder = absolute.parents[1] if is_checkpoint else absolute.parent if is_folder_of_them else path
     if not (folder / CONFIG_FILE).exists():
+        if is_imported(path):
+            return path, path / MODEL_FOLDER
         raise DataError(
             f"{folder} has no {CONFIG_FILE} (seen from {Path.cwd()}). Name the folder of a run, or a checkpoint in its "
             f"folder {CHECKPOINT_FOLDER}."

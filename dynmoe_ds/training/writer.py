@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -29,10 +29,10 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Input:
+class QuestionForm:
     """How questions and images become input of a vision-language model."""
 
-    template: str
+    template: Literal["plain", "vicuna", "own"]
     image: ImageInput
     image_token_id: int
 
@@ -40,17 +40,17 @@ class _Input:
 class Writer:
     """Lets the model of a run write: a decoder goes on with a text, a vision-language model answers.
 
-    Raises: DataError for a run without its tokenizer, or a damaged file beside it.
+    form: None for a model of text. Raises: DataError for a run without its tokenizer, or a damaged file beside it.
     """
 
     def __init__(self, run: SavedRun) -> None:
         if not (run.folder / TOKENIZER_FOLDER).is_dir():
             raise DataError(f"{run.folder} has no {TOKENIZER_FOLDER}: without it, text is nothing to its model.")
         self._run = run
-        self._tokenizer: PreTrainedTokenizerFast = load_pretrained_tokenizer(
+        self.tokenizer: PreTrainedTokenizerFast = load_pretrained_tokenizer(
             f"{run.folder / TOKENIZER_FOLDER}", needs_padding=False
         )
-        self._input = _image_input(run.folder / INPUT_FILE)
+        self.form = _image_input(run.folder / INPUT_FILE)
 
     def write(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
@@ -64,47 +64,47 @@ class Writer:
             raise ConfigError("There is no prompt.")
         rows = [self._ids(prompt) for prompt in prompts]
         length = max(map(len, rows))
-        end = self._tokenizer.eos_token_id
-        pad = end if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+        end = self.tokenizer.eos_token_id
+        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         # On the left, so that what is written follows the prompt.
         ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         files = [file for prompt in prompts for file in prompt.images]
         device = next(self._run.model.parameters()).device
         batch: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        if files and self._input is not None:
-            batch["pixel_values"] = torch.stack([read_picture(file, self._input.image) for file in files]).to(device)
+        if files and self.form is not None:
+            batch["pixel_values"] = torch.stack([read_picture(file, self.form.image) for file in files]).to(device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         torch.manual_seed(seed)
         model: Any = self._run.model
         written = model.generate(
             **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, use_cache=True
         )
-        return [self._tokenizer.decode(row, skip_special_tokens=True) for row in written[:, length:]]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in written[:, length:]]
 
     def processor(self) -> LlavaProcessor | None:
         """Transformers' processor that makes the same of prompts and images; None for a model of text.
 
         Raises: DataError for a tokenizer that cannot have the model's image token.
         """
-        if self._input is None:
+        if self.form is None:
             return None
         config: Any = self._run.model.config
         return llava_processor(
-            self._tokenizer,
-            self._input.image,
-            self._input.template,
-            image_token_id=self._input.image_token_id,
+            self.tokenizer,
+            self.form.image,
+            self.form.template,
+            image_token_id=self.form.image_token_id,
             patch_size=config.vision_config.patch_size,
             feature_strategy=config.vision_feature_select_strategy,
         )
 
     def _ids(self, prompt: Prompt) -> list[int]:
         num_markers = prompt.text.count(IMAGE_MARKER)
-        if self._input is None:
+        if self.form is None:
             if prompt.images:
                 raise ConfigError(f"{self._run.folder} holds a model of text, which sees no images.")
-            ids: list[int] = self._tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+            ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
         elif num_markers != len(prompt.images):
             raise ConfigError(
                 f"The prompt {prompt.text!r} has {num_markers} {IMAGE_MARKER} for {len(prompt.images)} images. Write "
@@ -113,17 +113,17 @@ class Writer:
         else:
             ids = encode_prompt(
                 prompt.text,
-                self._tokenizer,
-                self._input.template,
-                image_token_id=self._input.image_token_id,
-                tokens_per_image=self._input.image.num_tokens,
+                self.tokenizer,
+                self.form.template,
+                image_token_id=self.form.image_token_id,
+                tokens_per_image=self.form.image.num_tokens,
             )
         if not ids:
             raise ConfigError(f"The prompt {prompt.text!r} has no token. Write something to begin with.")
         return ids
 
 
-def _image_input(file: Path) -> _Input | None:
+def _image_input(file: Path) -> QuestionForm | None:
     """None without the file: for a model of text. Raises: DataError for a damaged one."""
     if not file.exists():
         return None
@@ -136,7 +136,7 @@ def _image_input(file: Path) -> _Input | None:
             std=tuple(told["std"]),
             resample=told.get("resample", Image.Resampling.BICUBIC),  # what all images were resized with before
         )
-        return _Input(template=told["template"], image=image, image_token_id=told["image_token_id"])
+        return QuestionForm(template=told["template"], image=image, image_token_id=told["image_token_id"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} cannot be used ({type(error).__name__}: {error}): it is damaged, or of another version."

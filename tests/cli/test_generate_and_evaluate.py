@@ -97,9 +97,9 @@ def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> N
         ids = batch["input_ids"][:, :first]
         pixels = {"pixel_values": batch["pixel_values"]} if prompts[index].images else {}
         with torch.no_grad():
-            while ids.shape[1] < first + 3 and ids[0, -1] != writer._tokenizer.eos_token_id:
+            while ids.shape[1] < first + 3 and ids[0, -1] != writer.tokenizer.eos_token_id:
                 ids = torch.cat([ids, run.model(input_ids=ids, **pixels).logits[:, -1:].argmax(-1)], 1)
-        assert writer._tokenizer.decode(ids[0, first:], skip_special_tokens=True) == text
+        assert writer.tokenizer.decode(ids[0, first:], skip_special_tokens=True) == text
 
 
 def test_the_command_prints_a_text_per_prompt(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_the_exported_processor_makes_the_same_of_questions_and_images(runs: Pat
         rendered = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
         batch = processor(text=rendered, images=[Image.open(file) for file in files] or None, return_tensors="pt")
         if files:
-            wanted = [read_picture(file, writer._input.image) for file in files]
+            wanted = [read_picture(file, writer.form.image) for file in files]
             assert torch.equal(batch["pixel_values"], torch.stack(wanted))
         assert answers(batch) == [want]
         seen.append((text, files, want))
@@ -310,7 +310,7 @@ def test_a_tokenizer_that_cannot_have_the_image_token_is_exported_alone(
     told = json.loads((run / "vision_language.json").read_text())
     assert told.pop("resample") == 3, "what is meant where an older run does not say it"
     (run / "vision_language.json").write_text(json.dumps(told))
-    assert Writer(SavedRun(run))._input == Writer(SavedRun(runs / "vl"))._input
+    assert Writer(SavedRun(run)).form == Writer(SavedRun(runs / "vl")).form
     (run / "vision_language.json").write_text(json.dumps(told | {"image_token_id": 99}))
     assert main(["export", f"{run}", f"{tmp_path / 'out'}"]) == 0
     said = capsys.readouterr()

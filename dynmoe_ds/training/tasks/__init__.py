@@ -11,7 +11,7 @@ from dynmoe_ds.config.schema import (
 )
 from dynmoe_ds.training.tasks.classification import GlueFineTuning, ImageClassification
 from dynmoe_ds.training.tasks.language_modeling import LanguageModeling
-from dynmoe_ds.training.tasks.task import Task
+from dynmoe_ds.training.tasks.task import HeldOutTask, Task
 from dynmoe_ds.training.tasks.vision_language import VisionLanguage
 
 
@@ -32,4 +32,12 @@ def build_task(config: RunConfig) -> Task:
             return VisionLanguage(config)
 
 
-__all__ = ["GlueFineTuning", "ImageClassification", "LanguageModeling", "Task", "VisionLanguage", "build_task"]
+__all__ = [
+    "GlueFineTuning",
+    "HeldOutTask",
+    "ImageClassification",
+    "LanguageModeling",
+    "Task",
+    "VisionLanguage",
+    "build_task",
+]

@@ -11,6 +11,19 @@ from dynmoe_ds.data import BrokenSamples, Examples, Grouping
 from dynmoe_ds.training.engine import TrainingEngine
 
 
+class HeldOutTask(Protocol):
+    """What a model can be evaluated on. tokens_per_example: the mean. token_kinds: as of a `Task`."""
+
+    @property
+    def tokens_per_example(self) -> int: ...
+
+    @property
+    def token_kinds(self) -> tuple[str, ...]: ...
+
+    def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
+        """Metrics by name. Collective: every rank, with the same number of forward passes of the same shape."""
+
+
 class Task(Protocol):
     """What a run learns, with the data it learns from. Built on every rank; equal on all of them.
 

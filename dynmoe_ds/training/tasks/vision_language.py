@@ -79,7 +79,7 @@ class VisionLanguage:
         self.config, self.stage = config, config.stage
         folder = config.data.tokenizer
         self.tokenizer = attempt_together(lambda: load_pretrained_tokenizer(folder, needs_padding=False))
-        vocabulary = attempt_together(lambda: _vocabulary(self.tokenizer))
+        vocabulary = attempt_together(lambda: vocabulary_of(self.tokenizer))
         self.backbone: LlavaConfig = llava_backbone(
             config.model, vocabulary, image_size=config.data.image_size, max_length=config.data.sequence_length
         )
@@ -185,36 +185,44 @@ class VisionLanguage:
         return model.float()
 
     def evaluate(self, engine: TrainingEngine) -> dict[str, float]:
-        examples = self.data.held_out
-        answers = answer_losses(engine, examples, held_out_order(self.config.training, self.num_held_out))
-        index, losses, num_tokens, is_exact = answers.unbind(1)
-        values = {
-            "eval/loss": float(losses.sum() / num_tokens.sum()),
-            "eval/exact_match": float(is_exact.mean()),
-        }
-        kinds = [examples.samples[int(i)].kind for i in index]
-        for kind in sorted({kind for kind in kinds if kind is not None}):
-            is_of_kind = torch.tensor([kind == other for other in kinds])
-            values[f"eval/exact_match/{kind}"] = float(is_exact[is_of_kind].mean())
-        return values
+        return answer_metrics(engine, self.data.held_out, held_out_order(self.config.training, self.num_held_out))
 
     def write_files(self, folder: Path) -> None:
         """The tokenizer, and how questions and images become input."""
         assert isinstance(self.config.data, LlavaDataConfig)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        told = {
-            "template": self.config.data.template,
-            "image_size": self.image.size,
-            "tokens_per_image": self.image.num_tokens,
-            "image_token_id": self.backbone.image_token_id,
-            "mean": self.image.mean,
-            "std": self.image.std,
-            "resample": self.image.resample,
-        }
-        (folder / INPUT_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_input(folder, self.config.data.template, self.image, self.backbone.image_token_id)
 
     def sample(self, engine: TrainingEngine) -> str | None:
         return None
+
+
+def write_input(folder: Path, template: str, image: ImageInput, image_token_id: int) -> None:
+    """Write how questions and images become a model's input, for `Writer`."""
+    told = {
+        "template": template,
+        "image_size": image.size,
+        "tokens_per_image": image.num_tokens,
+        "image_token_id": image_token_id,
+        "mean": image.mean,
+        "std": image.std,
+        "resample": image.resample,
+    }
+    (folder / INPUT_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def answer_metrics(engine: TrainingEngine, examples: ConversationExamples, order: HeldOutOrder) -> dict[str, float]:
+    """`eval/loss`, `eval/exact_match`, and the latter by kind of sample. Collective: as `answer_losses`."""
+    index, losses, num_tokens, is_exact = answer_losses(engine, examples, order).unbind(1)
+    values = {
+        "eval/loss": float(losses.sum() / num_tokens.sum()),
+        "eval/exact_match": float(is_exact.mean()),
+    }
+    kinds = [examples.samples[int(i)].kind for i in index]
+    for kind in sorted({kind for kind in kinds if kind is not None}):
+        is_of_kind = torch.tensor([kind == other for other in kinds])
+        values[f"eval/exact_match/{kind}"] = float(is_exact[is_of_kind].mean())
+    return values
 
 
 def answer_losses(engine: TrainingEngine, examples: ConversationExamples, order: HeldOutOrder) -> Tensor:
@@ -256,13 +264,13 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     return torch.cat(everyone)
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """A tokenizer without an image token gets one beyond its end.
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast, key: str = "data.tokenizer") -> Vocabulary:
+    """What the model must know; a tokenizer without an image token gets one beyond its end.
 
-    Raises: DataError for one without an end-of-text token.
+    key: what the user calls it. Raises: DataError for one without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("data.tokenizer names no end-of-text token (eos_token). Use the folder of a language model.")
+        raise DataError(f"{key} names no end-of-text token (eos_token). Use the folder of a language model.")
     vocabulary = tokenizer.get_vocab()
     known, end = vocabulary.get(IMAGE_TOKEN), max(vocabulary.values()) + 1  # there may be gaps
     return Vocabulary(
