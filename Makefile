@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster lint benchmark clean
+.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster test-docker lint benchmark clean
 
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-vl-peers  the same third stage with a dense model and with top-2, beside it in its report (3 minutes more)"
 	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
+	@echo "make test-docker   builds the images and runs them, with two hosts by compose (root and Debian packages needed)"
 	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
@@ -52,10 +53,14 @@ test: setup lint
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster -m cluster
 
+test-docker: setup
+	$(BIN)/python -m pytest tests/docker -m docker
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile tests/docker/*.Dockerfile
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.layer
