@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster test-browser lint benchmark clean
+.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster test-docker test-browser lint benchmark clean
 
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
 	@echo "make test-browser  reports and \`dynmoe watch\` in a headless Chromium (also part of make test where there is one)"
+	@echo "make test-docker   builds the images and runs them, with two hosts by compose (root and Debian packages needed)"
 	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
@@ -57,10 +58,14 @@ test-cluster: setup
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser -m browser
 
+test-docker: setup
+	$(BIN)/python -m pytest tests/docker -m docker
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile tests/docker/*.Dockerfile
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.layer
