@@ -88,7 +88,13 @@ class TwoLayersOfAllSlots(torch.autograd.Function):
         wants = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_pre, grad_weights, product = dynmoe_kernels.weighted_activation_backward(
-            multiply_by_slot(grad, w2, slot_ends), pre, b1, row_weights, slot_ends, ctx.activation, with_product=wants[5]
+            multiply_by_slot(grad, w2, slot_ends),
+            pre,
+            b1,
+            row_weights,
+            slot_ends,
+            ctx.activation,
+            with_product=wants[5],
         )
         grad_b2, grad_weights_of_bias = dynmoe_kernels.add_weighted_bias_backward(grad, b2, row_weights, slot_ends)
         grad_rows = multiply_by_slot(grad_pre, w1, slot_ends) if wants[0] else None

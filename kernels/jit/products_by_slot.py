@@ -116,16 +116,17 @@ def multiply_pairs_by_slot_kernel(
     tl.store(cells, total.to(sums.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
 
 
-def product_blocks(element_size: int, rows_per_slot: int) -> dict[str, dict[str, int]]:
+def product_blocks(element_size: int, rows_per_slot: int, widths: tuple[int, int]) -> dict[str, dict[str, int]]:
     """Block sizes and warps of the two kernels, large ones that fit into registers and shared memory of all targets.
 
-    rows_per_slot: what the slots have on average. With few, most of a large tile would be empty.
+    rows_per_slot: what the slots have on average. With few, most of a large tile would be empty. widths: K and M; what
+    is no multiple of 16 is read a number at a time, which takes more registers.
     """
-    tall = rows_per_slot > _MANY_ROWS
-    rows, warps = (128, 8) if tall else (32, 4)
+    rows, warps = (128, 8) if rows_per_slot > _MANY_ROWS else (32, 4)
     if element_size == 2:
-        of_rows = {"BLOCK_R": rows, "BLOCK_M": 128, "BLOCK_K": 64, "num_warps": warps}
-        of_pairs = {"BLOCK_R": 64, "BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8}
+        deep = 32 if any(width % 16 for width in widths) else 64
+        of_rows = {"BLOCK_R": rows, "BLOCK_M": 128, "BLOCK_K": deep, "num_warps": warps}
+        of_pairs = {"BLOCK_R": deep, "BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8}
     else:
         of_rows = {"BLOCK_R": rows, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": warps}
         of_pairs = {"BLOCK_R": 32, "BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8}
@@ -155,7 +156,7 @@ def launch_multiply_by_slot(rows: Tensor, matrices: Tensor, slot_ends: Tensor) -
     check_shapes(matrices=(matrices, (S, K, M)), slot_ends=(slot_ends, (S,)))
     assert rows.dtype == matrices.dtype, (rows.dtype, matrices.dtype)
     products = rows.new_empty(R, M)
-    blocks = product_blocks(rows.element_size(), R // S)["rows"]
+    blocks = product_blocks(rows.element_size(), R // S, (K, M))["rows"]
     num_tiles = most_tiles(R, S, blocks["BLOCK_R"])
     launch(
         multiply_by_slot_kernel,
@@ -184,7 +185,7 @@ def launch_multiply_pairs_by_slot(left: Tensor, right: Tensor, slot_ends: Tensor
     check_shapes(right=(right, (R, K)))
     assert left.dtype == right.dtype, (left.dtype, right.dtype)
     sums = left.new_empty(S, M, K)
-    blocks = product_blocks(left.element_size(), R // S)["pairs"]
+    blocks = product_blocks(left.element_size(), R // S, (M, K))["pairs"]
     launch(
         multiply_pairs_by_slot_kernel,
         (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(K, blocks["BLOCK_K"]), S),

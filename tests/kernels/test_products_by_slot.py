@@ -71,7 +71,9 @@ class OnAGPU:
         return self.dtype.is_floating_point
 
 
-def chosen(dtype: torch.dtype, *, width: int = 64, num_rows: int = 10, num_slots: int = 3, address: int = 0) -> set[str]:
+def chosen(
+    dtype: torch.dtype, *, width: int = 64, num_rows: int = 10, num_slots: int = 3, address: int = 0
+) -> set[str]:
     """Who computes both products of operands of these sizes."""
     rows: Any = OnAGPU(dtype, num_rows, width, address=address)
     others: tuple[Any, ...] = (OnAGPU(dtype, num_slots, width, 32), OnAGPU(dtype, num_rows, 32))
