@@ -1,4 +1,4 @@
-"""Operations that move, multiply and weight rows, each as a Triton kernel and as a plain-torch twin of the same signature.
+"""Operations on rows, each as a Triton kernel and as a plain-torch twin of the same signature.
 
 None of them is differentiable by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of
 the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
