@@ -1,4 +1,4 @@
-"""Operations that move and weight rows, each as a Triton kernel and as a plain-torch twin of the same signature.
+"""Operations on rows, each as a Triton kernel and as a plain-torch twin of the same signature.
 
 None of them is differentiable by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of
 the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
@@ -7,6 +7,7 @@ the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports 
 from .activations import ACTIVATIONS, Activation
 from .gather_rows import gather_rows
 from .plan import PlanIndices, plan
+from .products_by_slot import multiply_by_slot, multiply_pairs_by_slot
 from .selection import KernelChoiceError, chosen_kernels, forced_kernels, use_triton
 from .slot_of_rows import slot_of_rows
 from .sum_rows import sum_rows
@@ -28,6 +29,8 @@ __all__ = [
     "cosine_scores_backward",
     "forced_kernels",
     "gather_rows",
+    "multiply_by_slot",
+    "multiply_pairs_by_slot",
     "plan",
     "slot_of_rows",
     "sum_rows",

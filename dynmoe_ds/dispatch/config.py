@@ -15,9 +15,10 @@ class DispatchConfig:
     ranks_per_node: ranks that share a fast link. Where an expert-parallel group spans several such nodes, a token goes
     once to each node that it needs, and from there to the node's ranks. None: all links are alike.
     static_shapes: only with ep_size 1: room for the most rows that the router can choose, T times `most_experts` of its
-    configuration, so that all shapes are those of the last call. Where `grouped_mm` does the products (16-bit or
-    float32 numbers, sizes of whole 16 bytes), the layer itself then never waits for the device, as a CUDA graph wants.
-    It costs memory, and a GPU no products, for rows that are not there.
+    configuration, so that all shapes are those of the last call. On a GPU that Triton's kernels run on (float32 or 16
+    bits; NVIDIA from compute capability 8.0, AMD) the layer itself then never waits for the device, as a CUDA graph
+    wants; where torch multiplies in their place, each product may wait. It costs memory, and a GPU no products, for
+    rows that are not there.
     """
 
     chunks: int = 1

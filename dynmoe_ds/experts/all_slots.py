@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import dynmoe_kernels
-from dynmoe_ds.experts.products_by_slot import multiply, multiply_pairs
-from dynmoe_kernels import Activation
+from dynmoe_kernels import Activation, multiply_by_slot, multiply_pairs_by_slot
 
 
 class GatedOfAllSlots(torch.autograd.Function):
@@ -35,12 +34,12 @@ class GatedOfAllSlots(torch.autograd.Function):
         w2: Tensor,
         activation: Activation,
     ) -> Tensor:
-        gate = multiply(rows, w1.transpose(1, 2), slot_ends)
-        up = multiply(rows, w3.transpose(1, 2), slot_ends)
+        gate = multiply_by_slot(rows, w1.transpose(1, 2), slot_ends)
+        up = multiply_by_slot(rows, w3.transpose(1, 2), slot_ends)
         ctx.save_for_backward(rows, row_weights, slot_ends, gate, up, w1, w3, w2)
         ctx.activation = activation
         product = dynmoe_kernels.weighted_gated(gate, up, row_weights, activation)
-        return multiply(product, w2.transpose(1, 2), slot_ends)
+        return multiply_by_slot(product, w2.transpose(1, 2), slot_ends)
 
     @staticmethod
     @once_differentiable
@@ -49,14 +48,14 @@ class GatedOfAllSlots(torch.autograd.Function):
         wants = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_gate, grad_up, grad_weights, product = dynmoe_kernels.weighted_gated_backward(
-            multiply(grad, w2, slot_ends), gate, up, row_weights, ctx.activation, with_product=wants[5]
+            multiply_by_slot(grad, w2, slot_ends), gate, up, row_weights, ctx.activation, with_product=wants[5]
         )
         grad_rows = None
         if wants[0]:
-            grad_rows = multiply(grad_gate, w1, slot_ends).add_(multiply(grad_up, w3, slot_ends))
-        grad1 = multiply_pairs(grad_gate, rows, slot_ends) if wants[3] else None
-        grad3 = multiply_pairs(grad_up, rows, slot_ends) if wants[4] else None
-        grad2 = multiply_pairs(grad, product, slot_ends) if product is not None else None
+            grad_rows = multiply_by_slot(grad_gate, w1, slot_ends).add_(multiply_by_slot(grad_up, w3, slot_ends))
+        grad1 = multiply_pairs_by_slot(grad_gate, rows, slot_ends) if wants[3] else None
+        grad3 = multiply_pairs_by_slot(grad_up, rows, slot_ends) if wants[4] else None
+        grad2 = multiply_pairs_by_slot(grad, product, slot_ends) if product is not None else None
         return grad_rows, grad_weights, None, grad1, grad3, grad2, None
 
 
@@ -75,11 +74,11 @@ class TwoLayersOfAllSlots(torch.autograd.Function):
         b2: Tensor,
         activation: Activation,
     ) -> Tensor:
-        pre = multiply(rows, w1.transpose(1, 2), slot_ends)
+        pre = multiply_by_slot(rows, w1.transpose(1, 2), slot_ends)
         ctx.save_for_backward(rows, row_weights, slot_ends, pre, w1, b1, w2, b2)
         ctx.activation = activation
         inner = dynmoe_kernels.weighted_activation(pre, b1, row_weights, slot_ends, activation)
-        out = multiply(inner, w2.transpose(1, 2), slot_ends)
+        out = multiply_by_slot(inner, w2.transpose(1, 2), slot_ends)
         return dynmoe_kernels.add_weighted_bias(out, b2, row_weights, slot_ends)
 
     @staticmethod
@@ -89,11 +88,17 @@ class TwoLayersOfAllSlots(torch.autograd.Function):
         wants = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_pre, grad_weights, product = dynmoe_kernels.weighted_activation_backward(
-            multiply(grad, w2, slot_ends), pre, b1, row_weights, slot_ends, ctx.activation, with_product=wants[5]
+            multiply_by_slot(grad, w2, slot_ends),
+            pre,
+            b1,
+            row_weights,
+            slot_ends,
+            ctx.activation,
+            with_product=wants[5],
         )
         grad_b2, grad_weights_of_bias = dynmoe_kernels.add_weighted_bias_backward(grad, b2, row_weights, slot_ends)
-        grad_rows = multiply(grad_pre, w1, slot_ends) if wants[0] else None
-        grad1 = multiply_pairs(grad_pre, rows, slot_ends) if wants[3] else None
+        grad_rows = multiply_by_slot(grad_pre, w1, slot_ends) if wants[0] else None
+        grad1 = multiply_pairs_by_slot(grad_pre, rows, slot_ends) if wants[3] else None
         grad_b1 = dynmoe_kernels.sum_slots(grad_pre, slot_ends) if wants[4] else None
-        grad2 = multiply_pairs(grad, product, slot_ends) if product is not None else None
+        grad2 = multiply_pairs_by_slot(grad, product, slot_ends) if product is not None else None
         return grad_rows, grad_weights + grad_weights_of_bias, None, grad1, grad_b1, grad2, grad_b2, None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from dynmoe_ds.experts.experts import Experts, uniform
+from dynmoe_ds.experts.few_slots import few_slots_at_once
 from dynmoe_ds.experts.host_memory import keep_large_blocks
 from dynmoe_ds.experts.slot_by_slot import SlotBySlot, slot_by_slot
 from dynmoe_kernels import Activation
@@ -38,8 +39,14 @@ class GatedExperts(Experts):
             if self.activation == "silu" and not self._are_small(counts, rows.element_size()):
                 arguments = (rows, row_weights, counts, self.w1, self.w3, self.w2)
                 return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
+            if not torch.is_grad_enabled():
+                return few_slots_at_once(self._all_slots, rows, row_weights, counts, self.w1, self.w3, self.w2)
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return GatedOfAllSlots.apply(rows, row_weights, slot_ends, self.w1, self.w3, self.w2, self.activation)
+        return self._all_slots(rows, row_weights, slot_ends, self.w1, self.w3, self.w2)
+
+    def _all_slots(self, *arguments: Tensor) -> Tensor:
+        output: Tensor = GatedOfAllSlots.apply(*arguments, self.activation)
+        return output
 
     def _are_small(self, rows_per_slot: list[int], element_size: int) -> bool:
         """Whether slots are so small, on average, that calls for each cost more than reading activations from memory.

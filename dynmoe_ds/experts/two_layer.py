@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynmoe_ds.experts.all_slots import TwoLayersOfAllSlots
 from dynmoe_ds.experts.experts import Experts, uniform
+from dynmoe_ds.experts.few_slots import few_slots_at_once
 from dynmoe_ds.experts.host_memory import keep_large_blocks
 from dynmoe_kernels import Activation
 
@@ -27,11 +28,16 @@ class TwoLayerExperts(Experts):
         self.b2 = nn.Parameter(torch.zeros(num_local_slots, hidden_size))
 
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
+        parameters = (self.w1, self.b1, self.w2, self.b2)
         if rows.device.type == "cpu":
             keep_large_blocks()
-        slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        parameters = (self.w1, self.b1, self.w2, self.b2)
-        return TwoLayersOfAllSlots.apply(rows, row_weights, slot_ends, *parameters, self.activation)
+            if not torch.is_grad_enabled():
+                return few_slots_at_once(self._all_slots, rows, row_weights, rows_per_slot.tolist(), *parameters)
+        return self._all_slots(rows, row_weights, rows_per_slot.cumsum(0, dtype=torch.int32), *parameters)
+
+    def _all_slots(self, *arguments: Tensor) -> Tensor:
+        output: Tensor = TwoLayersOfAllSlots.apply(*arguments, self.activation)
+        return output
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
         D, F_ = self.hidden_size, self.ffn_hidden_size

@@ -54,18 +54,12 @@ class RoutingRecords:
             num_tokens = (
                 torch.full((), hidden.shape[0], dtype=torch.int64, device=hidden.device) if real is None else real.sum()
             )
-            # Summed in the model's precision or better.
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            if hidden.device.type == "cpu":  # few tokens, as a rule
-                unrouted_sum = hidden[routing.unrouted].to(wide).sum(0)
-            else:  # a matrix-vector product, which need not wait for the number of these tokens
-                unrouted_sum = routing.unrouted.to(wide) @ hidden.to(wide)
             return cls(
                 tokens_per_slot=tokens_per_slot,
                 num_tokens=num_tokens,
                 num_assignments=tokens_per_slot.sum(),
                 num_unrouted=routing.unrouted.sum(),
-                unrouted_sum=unrouted_sum.double(),
+                unrouted_sum=sum_of(hidden, routing.unrouted, may_wait=hidden.device.type == "cpu").double(),
                 statistics={name: value.detach().double() for name, value in (routing.statistics or {}).items()},
             )
 
@@ -88,6 +82,17 @@ class RoutingRecords:
     def unrouted_share(self) -> float:
         """Share of the real tokens that chose no expert; 0 without tokens. Waits for the device."""
         return float(self.num_unrouted) / max(float(self.num_tokens), 1.0)
+
+
+def sum_of(hidden: Tensor, chosen: Tensor, *, may_wait: bool) -> Tensor:
+    """The sum [D] of the chosen [T] rows of hidden [T, D], in the model's precision or better.
+
+    What the other rows hold, be it NaN, is not in it. may_wait: whether the number of chosen rows may be asked for.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if may_wait:  # few rows, as a rule
+        return hidden[chosen].sum(0, dtype=wide)
+    return torch.where(chosen[:, None], hidden, 0.0).sum(0, dtype=wide)
 
 
 def _add(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:

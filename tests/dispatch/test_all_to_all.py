@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import dynmoe_ds as dm
 from dynmoe_ds.distributed import Flight
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.experts.gated import GatedExperts, GatedOfAllSlots
+from dynmoe_ds.moe.token_sampler import TokenSampler
+from dynmoe_ds.routing import records
 from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import assert_near, randomise
 from tests.helpers.spawn import run_ranks
@@ -131,25 +134,57 @@ def test_replicas_may_call_a_different_number_of_times():
     assert run_ranks(_groups_without_communication_between_them, 4) == [1, 1, 2, 2]
 
 
-def _waits_of_the_host(rank: int, world_size: int) -> list[int]:
-    """How often a layer asks for a tensor's values, by way of dispatch; anything but `tolist` fails."""
+# One of each kind, and the presets with most controllers; `tests/moe/test_static_shapes.py` goes through all.
+ROUTERS = ("expert_threshold", "relu_budget", "top_any_budget", "top_any_recommended", "top_k", "top_p_budget")
+
+
+def _waits_of_the_host(rank: int, world_size: int) -> dict[str, int]:
+    """How often a layer asks for a tensor's values, by way of dispatch; anything but `tolist` fails.
+
+    Everything that can be recorded is: records, strain, kinds of tokens and a sample of them, with padding.
+    """
     lists = []
     real = Tensor.tolist
     Tensor.tolist = lambda self: lists.append(1) or real(self)
-    found = []
-    for dispatch in WAYS:
-        layer = make("uneven", 4, torch.float32, "gelu", "top_any", dispatch)  # on a CPU SwiGLU goes slot by slot
-        x = torch.randn(5 + rank, 8, requires_grad=True)
-        layer(x)  # makes the groups
+    real_sum_of = records.sum_of
+    records.sum_of = lambda *args, may_wait: real_sum_of(*args, may_wait=False)  # as on a GPU
+    of_all_slots(GatedExperts)
+    num_tokens = 5 + rank
+    tokens = torch.arange(num_tokens)
+    for way in WAYS:  # makes the groups
+        make("uneven", 4, torch.float32, "gelu", "top_any", way)(torch.zeros(1, 8))
+    found = {}
+    for router, expert, dispatch in (
+        *(("top_any", "gelu", way) for way in WAYS),
+        *((name, "swiglu", FLAT) for name in ROUTERS),
+        ("top_k", "geglu", WAYS[3]),
+    ):
+        layer = make("uneven", 4, torch.float32, expert, router, dispatch)
+        x = torch.randn(num_tokens, 8, requires_grad=True)
+        given = {"with_strain": True, "sampler": TokenSampler(3), "token_kinds": tokens % 3 - 1, "num_kinds": 2}
         lists.clear()
-        with NoWaiting():
-            layer(x).square().sum().backward()
-        found.append(len(lists))
+        with NoWaiting(), dm.StepLedger(**given) as ledger:
+            (layer(x, token_mask=tokens > 0).square().sum() + ledger.aux_loss()).backward()
+        found[f"{router}, {expert}, {dispatch}"] = len(lists)
+        ((_, record),) = ledger.records().items()
+        assert record.num_tokens == num_tokens - 1 and record.statistics["tokens_per_kind"].sum() > 0
     return found
 
 
+def of_all_slots(experts: type[GatedExperts]) -> None:
+    """Let gated experts compute as on a GPU; on a CPU they go slot by slot, and ask for the rows of each."""
+
+    def forward(self: GatedExperts, rows: Tensor, weights: Tensor, rows_per_slot: Tensor) -> Tensor:
+        slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
+        return GatedOfAllSlots.apply(rows, weights, slot_ends, self.w1, self.w3, self.w2, self.activation)
+
+    experts.forward = forward
+
+
 def test_the_host_waits_for_the_device_once_per_layer():
-    assert run_ranks(_waits_of_the_host, 4) == [[1] * len(WAYS)] * 4
+    for of_rank in run_ranks(_waits_of_the_host, 4):
+        assert set(of_rank.values()) == {1}, of_rank
+        assert len(of_rank) == len(WAYS) + len(ROUTERS) + 1
 
 
 class CountedBytes:

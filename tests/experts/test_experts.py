@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.experts import EXPERT_KINDS, build_experts, seeded_generator, slot_by_slot
+from dynmoe_ds.experts import EXPERT_KINDS, build_experts, few_slots, seeded_generator, slot_by_slot
 from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from dynmoe_kernels import forced_kernels
 from tests.helpers.reference import assert_near, expert
@@ -109,6 +109,45 @@ class Allocations(TorchDispatchMode):
     @property
     def num_bytes(self):
         return sum(storage.nbytes() for storage in self.storages.values())
+
+    @property
+    def most_bytes(self):
+        return max(storage.nbytes() for storage in self.storages.values())
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_makes_hidden_units_of_few_slots_at_once(kind, mode, dtype, spare, monkeypatch):
+    """An activation of all slots is never made; here none of more rows than the largest slot has."""
+    counts, ffn, hidden = [5, 3, 64, 0, *[40] * 13, 0], 512, 8
+    experts = make(kind, dtype, len(counts), hidden, ffn)
+    monkeypatch.setattr(few_slots, "_ACTIVATION_BYTES", max(counts) * ffn * dtype.itemsize)
+    rows, weights, _ = rows_of(experts, [*counts, spare], dtype)
+    per_slot = torch.tensor(counts)
+    expected = experts(rows, weights, per_slot)
+    with mode(), Allocations() as made:
+        got = experts(rows, weights, per_slot)
+    assert_near(got[: sum(counts)], expected[: sum(counts)].detach(), dtype)
+    assert made.most_bytes <= max(counts) * (ffn + 32) * 4  # the float32 of 16-bit numbers, and longer rows of buffers
+    assert made.most_bytes < sum(counts) * ffn * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts"),
+    [
+        ([3, 2, 5, 1], [[3, 2], [5], [1]]),
+        ([0, 9, 0, 1], [[0, 9], [0, 1]]),
+        ([0, 0, 2, 0, 0, 4, 0], [[0, 0, 2, 0, 0], [4, 0]]),
+        ([1, 1, 1], [[1, 1, 1]]),
+        ([0, 0], []),
+        ([7], [[7]]),
+    ],
+    ids=str,
+)
+def test_slots_are_computed_together_while_they_are_small(counts, parts):
+    assert [counts[part] for part in few_slots._parts(counts, 5)] == parts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

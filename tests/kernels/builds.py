@@ -7,6 +7,7 @@ from typing import Any
 from dynmoe_kernels.jit import (
     gather_rows,
     plan,
+    products_by_slot,
     sum_rows,
     sum_slots,
     top_any_gates,
@@ -19,16 +20,23 @@ from dynmoe_kernels.jit.slot import slot_block
 from tests.kernels.compilation import Build, Target
 
 SIZES = {"bf16": 2, "fp32": 4}
-WIDTH, SLOTS = 2048, 64
+WIDTH, SLOTS, ROWS_PER_SLOT = 2048, 64, 128
+MULTIPLES = ("D", "F", "K", "M", "stride_s", "stride_k", "stride_m", "tokens_per_split")
 
 
-def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Build]:
-    """Every kernel by its name, for rows of `dtype`. Widths are multiples of 16, numbers of tokens and slots not."""
+def builds(
+    target: Target, dtype: str, num_slots: int = SLOTS, rows_per_slot: int = ROWS_PER_SLOT, width: int = WIDTH
+) -> dict[str, Build]:
+    """Every kernel by its name, for rows of `dtype`. Widths are multiples of 16, numbers of tokens and slots not.
+
+    width: what the products by slot choose their blocks for.
+    """
     block, warps = along_a_row(WIDTH, SIZES[dtype], target.lanes)
     indices = {"row_index": "*i64", "first_row": "*i64", "token_index": "*i64", "pair_index": "*i64", "mask": "*u8"}
     indices |= {"entry_index": "*i64", "rows_per_slot": "*i64", "rows_up_to": "*i64", "rows_per_block": "*i32"}
     indices |= {"rows_per_token": "*i32", "slot_ends": "*i32", "active": "*u8", "is_open": "*u8"}
-    counts = dict.fromkeys(("T", "S", "D", "F", "num_blocks", "num_cells", "num_rows", "tokens_per_split"), "i32")
+    names = ("T", "S", "D", "F", "K", "M", "num_blocks", "num_cells", "num_rows", "num_tiles", "tokens_per_split")
+    counts = dict.fromkeys((*names, "stride_s", "stride_k", "stride_m"), "i32")
     floats = ("row_weights", "grad_weights", "threshold", "scores", "lengths", "unit_rows", "partial")
 
     def build(kernel: Any, num_warps: int = 4, types: dict[str, str] | None = None, **constants: Any) -> Build:
@@ -39,7 +47,7 @@ def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Buil
             types={name: known.get(name, f"*{dtype}") for name in names},
             constants=constants,
             num_warps=num_warps,
-            multiples=[name for name in ("D", "F", "tokens_per_split") if name in names],
+            multiples=[name for name in names if name in MULTIPLES],
         )
 
     def row_wise(kernel: Any, **constants: Any) -> Build:
@@ -50,7 +58,12 @@ def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Buil
 
     of_plan = plan.plan_blocks(num_slots)
     of_gates = top_any_gates.gate_blocks(num_slots)
-    in_float32 = {"types": {"grad": "*fp32"}, "PRECISION": "tf32x3" if target.is_nvidia else "ieee"}
+    of_products = products_by_slot.product_blocks(SIZES[dtype], rows_per_slot, (width, width))
+    precision = "tf32x3" if target.is_nvidia else "ieee"
+    as_products = {"PRECISION": precision if dtype == "fp32" else "ieee", "UPCAST": False}
+    in_float32 = {"types": {"grad": "*fp32"}, "PRECISION": precision}
+    # stride_k is 1: matrices as a layer gives them, transposed views of its parameters.
+    by_slot = {"stride_k": 1, "BLOCK_S": slot_block(num_slots)}
     found = [
         build(plan.plan_count_kernel, **of_plan),
         build(plan.plan_fill_kernel, **of_plan, BLOCK_UNUSED=plan.UNUSED_PER_BLOCK),
@@ -63,6 +76,8 @@ def builds(target: Target, dtype: str, num_slots: int = SLOTS) -> dict[str, Buil
         row_wise(weighted_bias.add_weighted_bias_kernel),
         row_wise(weighted_bias.weighted_bias_grad_weights_kernel),
         build(sum_slots.sum_slots_kernel, HAS_WEIGHTS=True, **sum_slots.SUM_SLOTS_BLOCKS),
+        build(products_by_slot.multiply_by_slot_kernel, **by_slot, **as_products, **of_products["rows"]),
+        build(products_by_slot.multiply_pairs_by_slot_kernel, **as_products, **of_products["pairs"]),
         build(top_any_gates.top_any_gates_kernel, **in_float32, **of_gates["forward"]),
         build(top_any_gates.cosine_scores_grad_hidden_kernel, **in_float32, **of_gates["grad_hidden"]),
         build(top_any_gates.cosine_scores_grad_rows_kernel, **in_float32, **of_gates["grad_rows"]),

@@ -17,6 +17,7 @@ from torch import Tensor
 import dynmoe_kernels as kernels
 from dynmoe_kernels.gather_rows import gather_rows_torch
 from dynmoe_kernels.plan import PlanIndices, plan_torch
+from dynmoe_kernels.products_by_slot import multiply_by_slot_torch, multiply_pairs_by_slot_torch
 from dynmoe_kernels.sum_rows import sum_rows_torch
 from dynmoe_kernels.sum_slots import sum_slots_torch
 from dynmoe_kernels.top_any_gates import cosine_scores_backward_torch, top_any_gates_torch
@@ -299,6 +300,49 @@ def check_weighted_bias(
     assert_like(backward, twin, "add_weighted_bias_backward and its twin")
 
 
+# Products with one matrix per slot ------------------------------------------------------------------------------------
+
+
+def check_products(
+    device: str,
+    dtype: torch.dtype,
+    rows_per_slot: Sequence[int],
+    spare: int,
+    width: int,
+    out: int,
+    is_transposed: bool,
+) -> None:
+    """A linear map per slot, forwards and backwards; a layer gives its parameters as transposed views."""
+    num_rows, num_slots, ends = sum(rows_per_slot), len(rows_per_slot), slot_ends(rows_per_slot, device)
+    draw = Draw(device, dtype, is_transposed=is_transposed)
+    rows, grad = draw(num_rows + spare, width), draw(num_rows + spare, out)
+    matrices = draw(num_slots, width, out) / max(width, 1) ** 0.5
+    transposed = matrices.transpose(1, 2).contiguous().transpose(1, 2)
+    rows[num_rows:] = grad[num_rows:] = torch.nan  # rows of no slot
+    slots = slots_of(rows_per_slot, num_rows)
+
+    def formula(rows: Tensor, matrices: Tensor) -> Tensor:
+        found = [row @ matrices[slot] for row, slot in zip(rows, slots, strict=True)]
+        return torch.stack(found) if found else rows @ matrices[0]
+
+    products, grad_rows, grad_matrices = by_autograd(formula, grad[:num_rows], rows[:num_rows], matrices)
+    of_rows = {
+        "products": (kernels.multiply_by_slot, multiply_by_slot_torch, (rows, transposed), products),
+        "grad_rows": (kernels.multiply_by_slot, multiply_by_slot_torch, (grad, transposed.transpose(1, 2)), grad_rows),
+    }
+    for name, (operation, twin, operands, expected) in of_rows.items():
+        got = operation(*operands, ends)
+        assert got.shape == (num_rows + spare, expected.shape[1]) and got.dtype == dtype, name
+        assert_rounded_once(got[:num_rows], expected, name)
+        assert_like([got[:num_rows]], [twin(*operands, ends)[:num_rows]], f"{name} and its twin")
+    assert_rounded_once(kernels.multiply_by_slot(rows, matrices, ends)[:num_rows], products, "products, by rows")
+    got = kernels.multiply_pairs_by_slot(rows, grad, ends)
+    assert torch.equal(got, kernels.multiply_pairs_by_slot(rows, grad, ends)), "the same bits every time"
+    assert_rounded_once(got, grad_matrices, "grad_matrices")
+    assert_like([got], [multiply_pairs_by_slot_torch(rows, grad, ends)], "grad_matrices and their twin")
+    assert not got[torch.tensor(rows_per_slot) == 0].any()
+
+
 # Gates ---------------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +466,18 @@ def _cases_of(dtype: torch.dtype) -> Iterator[Case]:
         ):
             sizes = {"spare": spare, "width": width, "is_transposed": is_transposed}
             yield case(check, **more, rows_per_slot=rows_per_slot, **sizes)
+    sizes_of_products: list[tuple[Sequence[int], int, int, int, bool]] = [
+        ([3, 0, 5], 0, 33, 20, True),
+        ([130, 0, 70], 7, 72, 136, False),
+    ]
+    if dtype != torch.float16:
+        sizes_of_products += [([0, 0], 0, 8, 16, False), ([5], 0, 1, 1, False), ([0, 4, 2], 3, 64, 72, False)]
+    if dtype == torch.float32:  # more tiles than go together; one slot with all rows; more slots than a warp has lanes
+        sizes_of_products += [([5] * 9, 0, 8, 136, False), ([0, 150, 0], 0, 8, 8, False)]
+        sizes_of_products += [([0] * 20 + [2] + [0] * 12, 0, 8, 24, False)]
+    for rows_per_slot, spare, width, out, is_transposed in sizes_of_products:
+        sizes = {"spare": spare, "width": width, "out": out, "is_transposed": is_transposed}
+        yield case(check_products, rows_per_slot=rows_per_slot, **sizes)
     for num_tokens, width, num_slots, is_transposed in (
         (0, 8, 3, False),
         (1, 16, 1, False),

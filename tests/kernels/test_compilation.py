@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with tor
 
 import dynmoe_kernels.jit
 from dynmoe_kernels.jit import slot
-from tests.kernels.builds import builds
+from tests.kernels.builds import ROWS_PER_SLOT, builds
 from tests.kernels.compilation import TARGETS, Machine, Target, compiled, faults
 
 KERNELS = tuple(builds(TARGETS["sm_90"], "bf16"))
@@ -32,7 +32,8 @@ LOADS_AND_STORES = (
     "add_weighted_bias_kernel",
 )
 LOADS = ("weighted_bias_grad_weights_kernel", "sum_slots_kernel")
-PRODUCTS = ("top_any_gates_kernel", "cosine_scores_grad_hidden_kernel", "cosine_scores_grad_rows_kernel")
+BY_SLOT = ("multiply_by_slot_kernel", "multiply_pairs_by_slot_kernel")
+PRODUCTS = (*BY_SLOT, "top_any_gates_kernel", "cosine_scores_grad_hidden_kernel", "cosine_scores_grad_rows_kernel")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,6 +94,27 @@ def test_a_kernel_fits_with_few_and_with_many_slots(kernel: str, num_slots: int)
     target = TARGETS["sm_80"]
     build = replace(builds(target, "bf16", num_slots)[kernel], multiples=[])
     assert not faults(compiled(build, target), target, [])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kernel", "rows_per_slot"), [(BY_SLOT[0], 4), (BY_SLOT[0], ROWS_PER_SLOT), (BY_SLOT[1], ROWS_PER_SLOT)]
+)
+def test_products_fit_where_no_size_is_a_multiple_of_16(kernel: str, rows_per_slot: int, dtype: str) -> None:
+    target = TARGETS["sm_80"]
+    build = builds(target, dtype, rows_per_slot=rows_per_slot, width=2047)[kernel]
+    assert not faults(compiled(replace(build, multiples=[]), target), target, [MATRIX["sm_80"]])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_products_fit_with_matrices_by_rows(dtype: str) -> None:
+    """As in the backward pass, where they are the parameters themselves."""
+    target = TARGETS["sm_80"]
+    build = builds(target, dtype)["multiply_by_slot_kernel"]
+    constants = {name: value for name, value in build.constants.items() if name != "stride_k"} | {"stride_m": 1}
+    types = {name: kind for name, kind in build.types.items() if name != "stride_m"} | {"stride_k": "i32"}
+    by_rows = replace(build, types=types, constants=constants)
+    assert not faults(compiled(by_rows, target), target, [MATRIX["sm_80"]])
 
 
 @pytest.mark.parametrize(

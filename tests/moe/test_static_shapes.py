@@ -10,6 +10,8 @@ from torch import Tensor
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.moe.token_sampler import TokenSampler
+from dynmoe_ds.routing import router_names
 from tests.helpers.no_waiting import NoWaiting
 from tests.helpers.reference import randomise
 
@@ -74,6 +76,33 @@ def test_nothing_waits_for_the_device():
         layer(x).square().sum().backward()
     layer.dispatch = dm.DispatchConfig()
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        layer(x)
+
+
+@pytest.fixture
+def meta(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that is not a CPU and whose tensors have no values: whatever must know one fails."""
+    real = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, **k: real("cpu" if device == "meta" else device, **k))
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("router", "expert"), [(name, "swiglu") for name in router_names()] + [("top_any", "geglu"), ("top_any", "gelu")]
+)
+def test_no_value_is_needed_whatever_is_recorded(meta, router, expert):
+    layer = make(router, expert, dm.DispatchConfig(static_shapes=True), torch.bfloat16).to(meta)
+    x = torch.empty(2, 7, 8, dtype=torch.bfloat16, device=meta, requires_grad=True)
+    real, kinds = torch.empty(2, 7, dtype=torch.bool, device=meta), torch.empty(2, 7, dtype=torch.int64, device=meta)
+    given = {"with_strain": True, "sampler": TokenSampler(4), "token_kinds": kinds, "num_kinds": 2}
+    with dm.StepLedger(**given) as ledger:
+        outputs = [layer(x, token_mask=real) for _ in range(2)]
+    (sum(y.square().sum() for y in outputs) + ledger.aux_loss()).backward()
+    ((_, record),) = ledger.records().items()
+    assert x.grad.device == record.unrouted_sum.device == meta
+    assert {"strain", "tokens_per_kind"} <= set(record.statistics)
+    layer.dispatch = dm.DispatchConfig()
+    with pytest.raises(NotImplementedError, match="nonzero"):
         layer(x)
 
 

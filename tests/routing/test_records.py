@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from dynmoe_ds.routing import Routing, RoutingRecords
-from dynmoe_ds.routing.records import pack, unpack
+from dynmoe_ds.routing.records import pack, sum_of, unpack
+from tests.helpers.no_waiting import NoWaiting
+from tests.helpers.reference import assert_near
 
 FIELDS = ("tokens_per_slot", "num_tokens", "num_assignments", "num_unrouted", "unrouted_sum")
 
@@ -39,6 +41,25 @@ def test_sums_of_many_16_bit_vectors_keep_their_precision():
     hidden, everybody = torch.ones(4000, 2, dtype=torch.bfloat16), torch.ones(4000, dtype=torch.bool)
     nobody = Routing(~everybody[:, None], torch.zeros(4000, 1), {}, unrouted=everybody)
     assert RoutingRecords.of(nobody, hidden, None).unrouted_sum.tolist() == [4000.0, 4000.0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_tokens", [0, 1, 57])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_summed_alike_where_nothing_may_wait(dtype, num_tokens, share):
+    """As on a GPU, and as on a CPU: against a loop; routed tokens that are not finite are in neither."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, 5, generator=generator).to(dtype)
+    chosen = torch.rand(num_tokens, generator=generator) < share
+    hidden[~chosen] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, torch.nan], dtype=dtype)
+    with NoWaiting():
+        got = sum_of(hidden, chosen, may_wait=False)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for row, is_chosen in zip(hidden.double(), chosen.tolist(), strict=True):
+        expected += row if is_chosen else 0.0
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert_near(got, expected)
+    assert_near(sum_of(hidden, chosen, may_wait=True), expected)
 
 
 def test_records_carry_no_graph():
