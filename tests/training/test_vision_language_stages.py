@@ -28,11 +28,16 @@ from dynmoe_ds.training.tasks import VisionLanguage
 
 _OF_RANKS = {f"moe/{name}_per_token" for name in ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")}
 TEXT_MODEL = "model.language_model."
+GROWTH = ["adaptation=paper", "adaptation.every_steps=2", "adaptation.window_steps=1", "adaptation.last_growth_step=2"]
 STAGES = {
     "projector": [],
-    "language": ["stage.trained=[projector,language_model]"],
-    "experts": ["model.num_slots=4", "training.steps=6", "training.eval_every_steps=6", "data.packing=true"],
+    "language": ["stage.trained=[vision_tower,projector,language_model]"],
+    "experts": ["model.num_experts=3", "model.num_slots=4", *GROWTH],
+    "packed": ["model.num_slots=4", "data.packing=true"],
 }
+WITH_EXPERTS = ("experts", "packed")
+# Of the tower, whose features are taken before its last layer.
+UNUSED = ("model.vision_tower.encoder.layers.1.", "model.vision_tower.post_layernorm.")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +56,13 @@ def train_stages(rank: int, world_size: int, digits: str, folder: str, ep_size: 
     for stage, overrides in STAGES.items():
         workers = ["data.num_workers=1"] if (stage, zero_stage) == ("projector", 3) else []
         config = tiny_run(
-            Path(digits), Path(folder) / stage, stage, *overrides, *start, *workers, f"parallel.num_ranks={world_size}",
-            f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=1",
-            "training.log_every_steps=1",
+            Path(digits), Path(folder) / stage, stage.replace("packed", "experts"), *overrides, *start, *workers,
+            f"parallel.num_ranks={world_size}", f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}",
+            "training.micro_batch_size=1", "training.log_every_steps=1",
             f"training.gradient_accumulation_steps={8 // world_size}", "data.group=false",
         )  # fmt: skip
         trainer = Trainer(config)
-        assert (trainer.task.train.rows is not None) == (stage == "experts"), "packed"
+        assert (trainer.task.train.rows is not None) == (stage == "packed")
         has_images, order = trainer.task.train.grouping().kinds, trainer.training_order
         places = [(step, micro) for step in range(4) for micro in range(8 // world_size)]
         kinds = [bool(has_images[order.indices(*place)[0]]) for place in places]
@@ -89,7 +94,7 @@ def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Pat
     found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=300)
     for number, stage in enumerate(STAGES):
         at_once = list(zip(*(of_rank[number][0] for of_rank in found), strict=True))
-        if stage != "experts":  # where rows are packed
+        if stage != "packed":  # where rows have both
             assert any(len(set(kinds)) == 2 for kinds in at_once), "no moment with text on one rank, images on another"
         (first, *_, got), (first_alone, *_, want) = metrics(tmp_path / stage), metrics(alone / stage)
         for name in ("train/loss", "train/gradient_norm"):
@@ -99,7 +104,19 @@ def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Pat
         assert got["eval/exact_match"] == want["eval/exact_match"]
         assert set(got) - _OF_RANKS == set(want), "kinds of tokens included"
         assert got.get("eval/mean_k") == pytest.approx(want.get("eval/mean_k"), abs=0.03)
-        assert ("eval/mean_k_per_kind/image which" in got) == (stage == "experts")
+        assert ("eval/mean_k_per_kind/image which" in got) == (stage in WITH_EXPERTS)
+    grown = births(tmp_path / "experts")
+    assert grown == births(alone / "experts")
+    assert [(step, ids) for step, _, ids in grown] == [(2, [3]), (2, [3])], "of both layers, in the middle of the run"
+
+
+def births(folder: Path) -> list[tuple[int, str, list[int]]]:
+    """Step, layer and ids of the experts that were born."""
+    events = map(json.loads, (folder / "adaptation.jsonl").read_text().splitlines())
+    changes = [(event["step"], *change) for event in events for change in event["layers"].items()]
+    return [
+        (step, layer, [e["expert_id"] for e in change["grown"]]) for step, layer, change in changes if change["grown"]
+    ]
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -111,20 +128,21 @@ def test_each_stage_starts_from_the_last_and_changes_what_it_trains_alone(digits
     before = weights(build_vision_language(config, VisionLanguage(config).backbone))
     layers = [f"{TEXT_MODEL}layers.{index}.mlp." for index in (0, 2)]
     trained = {"projector": ("model.multi_modal_projector.",)}
-    trained["language"] = (*trained["projector"], TEXT_MODEL, "lm_head.")
-    trained["experts"] = tuple(f"{layer}{part}." for layer in layers for part in ("router", "experts"))
+    trained["language"] = (*trained["projector"], "model.vision_tower.", TEXT_MODEL, "lm_head.")
+    for stage in WITH_EXPERTS:
+        trained[stage] = tuple(f"{layer}{part}." for layer in layers for part in ("router", "experts"))
     for stage in STAGES:
         model = dm.load_model(alone / stage / "model")
         after = weights(model)
         for name, weight in after.items():
-            is_trained = name.startswith(trained[stage])
+            is_trained = name.startswith(trained[stage]) and not name.startswith(UNUSED)
             if name in before:
                 assert torch.equal(weight, before[name]) != is_trained, (stage, name)
             else:
                 assert stage == "experts" and is_trained, name
         for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
-            assert stage == "experts" and layer.placement.live_ids == (0, 1, 2, 3)
-        if stage == "experts":  # which were copies of the second stage's FFNs, six small steps before
+            assert stage in WITH_EXPERTS and layer.placement.live_ids == (0, 1, 2, 3)
+        if stage == "experts":  # which were copies of the second stage's FFNs, four small steps before
             moved = (after[f"{layers[0]}experts.w1"] - before[f"{layers[0]}gate_proj.weight"]).abs().max()
             assert 0 < moved < 0.05
         before = after
