@@ -23,7 +23,7 @@ from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
 from dynmoe_ds.models import build_decoder, build_vision_language, vision_language
 from dynmoe_ds.moe import MoELayer
-from dynmoe_ds.training import Trainer
+from dynmoe_ds.training import Trainer, run_log
 from dynmoe_ds.training.tasks import VisionLanguage
 
 _OF_RANKS = {f"moe/{name}_per_token" for name in ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")}
@@ -51,6 +51,7 @@ def train_stages(rank: int, world_size: int, digits: str, folder: str, ep_size: 
     Of every stage: the kinds of samples that this rank had, micro step by micro step, and what its optimiser holds.
     """
     multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
+    run_log.write_report = lambda folder: None  # which takes longer than the training
     found = []
     start: list[str] = []
     for stage, overrides in STAGES.items():
@@ -79,7 +80,7 @@ LAYOUTS = {"1 rank": (1, 1, 2), "EP 2": (2, 2, 2), "2 ranks, ZeRO 3": (2, 1, 3),
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=200)
+    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=900)
     return folder
 
 
@@ -88,10 +89,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Path, tmp_path: Path) -> None:
     world_size, ep_size, zero_stage = LAYOUTS[layout]
-    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=300)
+    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=1200)
     for number, stage in enumerate(STAGES):
         at_once = list(zip(*(of_rank[number][0] for of_rank in found), strict=True))
         if stage != "packed":  # where rows have both
@@ -105,17 +106,18 @@ def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Pat
         assert set(got) - _OF_RANKS == set(want), "kinds of tokens included"
         assert got.get("eval/mean_k") == pytest.approx(want.get("eval/mean_k"), abs=0.03)
         assert ("eval/mean_k_per_kind/image which" in got) == (stage in WITH_EXPERTS)
-    grown = births(tmp_path / "experts")
-    assert grown == births(alone / "experts")
-    assert [(step, ids) for step, _, ids in grown] == [(2, [3]), (2, [3])], "of both layers, in the middle of the run"
+    changes = adaptations(tmp_path / "experts")
+    assert changes == adaptations(alone / "experts")
+    assert [(step, grown) for step, _, grown, _ in changes if grown] == [(2, [3]), (2, [3])], "in the middle of the run"
 
 
-def births(folder: Path) -> list[tuple[int, str, list[int]]]:
-    """Step, layer and ids of the experts that were born."""
+def adaptations(folder: Path) -> list[tuple[int, str, list[int], list[int]]]:
+    """Step, layer and ids of the experts that were born and of those that were pruned."""
     events = map(json.loads, (folder / "adaptation.jsonl").read_text().splitlines())
-    changes = [(event["step"], *change) for event in events for change in event["layers"].items()]
     return [
-        (step, layer, [e["expert_id"] for e in change["grown"]]) for step, layer, change in changes if change["grown"]
+        (event["step"], layer, [expert["expert_id"] for expert in change["grown"]], change["pruned"])
+        for event in events
+        for layer, change in event["layers"].items()
     ]
 
 
@@ -141,7 +143,7 @@ def test_each_stage_starts_from_the_last_and_changes_what_it_trains_alone(digits
             else:
                 assert stage == "experts" and is_trained, name
         for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
-            assert stage in WITH_EXPERTS and layer.placement.live_ids == (0, 1, 2, 3)
+            assert stage in WITH_EXPERTS and 3 in layer.placement.live_ids
         if stage == "experts":  # which were copies of the second stage's FFNs, four small steps before
             moved = (after[f"{layers[0]}experts.w1"] - before[f"{layers[0]}gate_proj.weight"]).abs().max()
             assert 0 < moved < 0.05
@@ -157,7 +159,7 @@ def test_exact_match_is_what_greedy_decoding_says(digits: Path, tmp_path: Path) 
     (tmp_path / "learnt.json").write_text(json.dumps(asked_once))
     overrides.append(f"data.held_out_path={tmp_path}/learnt.json")
     everything = "stage.trained=[vision_tower,projector,language_model]"
-    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=200)
+    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=900)
     told = metrics(tmp_path / "run")[-1]
     held_out = VisionLanguage(tiny_run(digits, Path("never"), "experts", *overrides)).data.held_out
     model = dm.load_model(tmp_path / "run" / "model")
