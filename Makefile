@@ -4,13 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-vl demo-vl-peers test test-cluster test-docker test-browser lint benchmark clean
+.PHONY: help setup demo demo-vl test test-cluster test-docker test-browser lint benchmark clean
 
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
-	@echo "make demo-vl    train a vision-language model in three stages on handwritten digits (about 8 minutes)"
-	@echo "make demo-vl-peers  the same third stage with a dense model and with top-2, beside it in its report (3 minutes more)"
+	@echo "make demo-vl    train a vision-language model in three stages, and dense and as top-2 beside it (about 9 minutes)"
 	@echo "make test       lint, types and all tests (about 45 minutes on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
 	@echo "make test-browser  reports and \`dynmoe watch\` in a headless Chromium (also part of make test where there is one)"
@@ -29,19 +28,16 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/dynmoe train experiment=demo
 
-demo-vl: setup data/digits
-	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts run_dir=runs/demo_vl
-	$(BIN)/dynmoe evaluate runs/demo_vl/3_demo_experts --answers runs/demo_vl/3_demo_experts/answers.png
-	$(BIN)/dynmoe report runs/demo_vl/3_demo_experts
-	$(BIN)/dynmoe report runs/demo_vl
-
-# A dense model is one expert that takes every token.
+# The third stage once more, from the same model. A dense model is one expert that takes every token.
 PEER := experiment=demo_vl stage=demo_experts stage.start=runs/demo_vl/2_demo_language/model router=top_k adaptation=none
 
-demo-vl-peers: demo-vl
+demo-vl: setup data/digits
+	$(BIN)/dynmoe stages experiment=demo_vl stages=demo_projector,demo_language,demo_experts run_dir=runs/demo_vl
 	$(BIN)/dynmoe train $(PEER) run_dir=runs/demo_vl/3_top_2
 	$(BIN)/dynmoe train $(PEER) run_dir=runs/demo_vl/3_dense \
 	  router.k=1 model.num_experts=1 model.num_slots=1 parallel.ep_size=1
+	$(BIN)/dynmoe evaluate runs/demo_vl/3_demo_experts --answers runs/demo_vl/3_demo_experts/answers.png
+	$(BIN)/dynmoe report runs/demo_vl/3_demo_experts
 	$(BIN)/dynmoe report runs/demo_vl
 
 data/digits: | setup

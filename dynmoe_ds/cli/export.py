@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write_processor(saved: SavedRun, folder: Path) -> bool:
     """Whether there are now the files of a vision-language model's processor, with its tokenizer, in `folder`."""
-    from dynmoe_ds.data import save_processor
+    from dynmoe_ds.data.processor import save_processor
     from dynmoe_ds.training.tasks.vision_language import INPUT_FILE
     from dynmoe_ds.training.writer import Writer
 

@@ -1,4 +1,7 @@
-"""The data of a run: read, split, tokenised, packed and dealt out to the ranks."""
+"""The data of a run: read, split, tokenised, packed and dealt out to the ranks.
+
+`data.processor` is not among what is imported here: it would double the time in which a worker process starts.
+"""
 
 from dynmoe_ds.data.conversations import BrokenSamples
 from dynmoe_ds.data.examples import Examples
@@ -10,7 +13,6 @@ from dynmoe_ds.data.loading import BatchLoader
 from dynmoe_ds.data.megatron_indexed import BlendedWindows, MegatronIndexedData, load_megatron_indexed
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
 from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
-from dynmoe_ds.data.processor import llava_processor, save_processor
 from dynmoe_ds.data.rank_zero import from_rank_zero
 from dynmoe_ds.data.sequences import TokenSequences
 from dynmoe_ds.data.shard_writer import write_token_shards
@@ -40,7 +42,6 @@ __all__ = [
     "TrainingOrder",
     "end_of_text_id",
     "from_rank_zero",
-    "llava_processor",
     "load_conversations",
     "load_glue_data",
     "load_image_folder",
@@ -50,7 +51,6 @@ __all__ = [
     "load_token_shards",
     "read_image_statistics",
     "read_picture",
-    "save_processor",
     "save_tokenizer",
     "train_tokenizer",
     "write_token_shards",

@@ -23,7 +23,10 @@ DOTS_PER_INCH = 110
 SMOOTHING_FROM_POINTS = 150
 MAX_LETTERS_BELOW = 90  # names of layers that fit side by side under an axis
 CALMED_NOTE = " Lines are moving means."
-LAYER_COLOURS = ("#1f77b4", "#d9480f", "#2a9d5c", "#8e44ad", "#b8860b", "#c2185b", "#0097a7", "#5d4037")
+LAYER_COLOURS = (
+    *("#1f77b4", "#d9480f", "#2a9d5c", "#8e44ad", "#b8860b", "#c2185b", "#0097a7", "#5d4037"),
+    "#7f7f7f",
+)
 STYLE = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,

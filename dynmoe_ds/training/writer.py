@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from dynmoe_ds.data import ImageInput, llava_processor, load_pretrained_tokenizer, read_picture
+from dynmoe_ds.data import ImageInput, load_pretrained_tokenizer, read_picture
 from dynmoe_ds.data.chat import encode_prompt
 from dynmoe_ds.data.conversations import IMAGE_MARKER
+from dynmoe_ds.data.processor import llava_processor
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.training.saved_run import SavedRun
 from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER

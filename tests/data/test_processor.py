@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from dynmoe_ds.data import ImageInput, llava_processor, read_picture, save_processor, train_tokenizer
+from dynmoe_ds.data import ImageInput, read_picture, train_tokenizer
 from dynmoe_ds.data.chat import TEMPLATES, encode_prompt
+from dynmoe_ds.data.processor import llava_processor, save_processor
 from dynmoe_ds.data.tokenizer import END_OF_TEXT
 from dynmoe_ds.errors import DataError
 

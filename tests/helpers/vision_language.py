@@ -8,10 +8,13 @@ from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.data.digit_questions import write_digit_questions
 
-TINY = (
-    "experiment=demo_vl", "parallel=single", "telemetry=disabled", "router=top_any", "adaptation=none",
+SIZES = (
     "model.vision_sizes.hidden_size=32", "model.vision_sizes.num_layers=2", "model.vision_sizes.ffn_hidden_size=32",
     "model.text_sizes.hidden_size=32", "model.text_sizes.num_layers=3", "model.text_sizes.ffn_hidden_size=32",
+)  # fmt: skip
+
+TINY = (
+    "experiment=demo_vl", "parallel=single", "router=top_any", "adaptation=none", *SIZES,
     "training.steps=4", "training.eval_every_steps=4", "training.micro_batch_size=4", "training.log_every_steps=2",
     "optim.warmup_steps=1",
 )  # fmt: skip

@@ -23,17 +23,22 @@ from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
 from dynmoe_ds.models import build_decoder, build_vision_language, vision_language
 from dynmoe_ds.moe import MoELayer
-from dynmoe_ds.training import Trainer
+from dynmoe_ds.training import Trainer, run_log
 from dynmoe_ds.training.saved_run import SavedRun
 from dynmoe_ds.training.tasks import VisionLanguage
 
 _OF_RANKS = {f"moe/{name}_per_token" for name in ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")}
 TEXT_MODEL, PROJECTOR = "model.language_model.", "multi_modal_projector"
+GROWTH = ["adaptation=paper", "adaptation.every_steps=2", "adaptation.window_steps=1", "adaptation.last_growth_step=2"]
 STAGES = {
     "projector": [],
-    "language": ["stage.trained=[projector,language_model]"],
-    "experts": ["model.num_slots=4", "training.steps=6", "training.eval_every_steps=6", "data.packing=true"],
+    "language": ["stage.trained=[vision_tower,projector,language_model]"],
+    "experts": ["model.num_experts=3", "model.num_slots=4", *GROWTH],
+    "packed": ["model.num_slots=4", "data.packing=true"],
 }
+WITH_EXPERTS = ("experts", "packed")
+# Of the tower, whose features are taken before its last layer.
+UNUSED = ("model.vision_tower.encoder.layers.1.", "model.vision_tower.post_layernorm.")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +52,19 @@ def train_stages(rank: int, world_size: int, digits: str, folder: str, ep_size: 
     Of every stage: the kinds of samples that this rank had, micro step by micro step, and what its optimiser holds.
     """
     multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
+    run_log.write_report = lambda folder: None  # which takes longer than the training
     found = []
     start: list[str] = []
     for stage, overrides in STAGES.items():
         workers = ["data.num_workers=1"] if (stage, zero_stage) == ("projector", 3) else []
         config = tiny_run(
-            Path(digits), Path(folder) / stage, stage, *overrides, *start, *workers, f"parallel.num_ranks={world_size}",
-            f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}", "training.micro_batch_size=1",
-            "training.log_every_steps=1",
+            Path(digits), Path(folder) / stage, stage.replace("packed", "experts"), *overrides, *start, *workers,
+            f"parallel.num_ranks={world_size}", f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}",
+            "training.micro_batch_size=1", "training.log_every_steps=1",
             f"training.gradient_accumulation_steps={8 // world_size}", "data.group=false",
         )  # fmt: skip
         trainer = Trainer(config)
-        assert (trainer.task.train.rows is not None) == (stage == "experts"), "packed"
+        assert (trainer.task.train.rows is not None) == (stage == "packed")
         has_images, order = trainer.task.train.grouping().kinds, trainer.training_order
         places = [(step, micro) for step in range(4) for micro in range(8 // world_size)]
         kinds = [bool(has_images[order.indices(*place)[0]]) for place in places]
@@ -75,7 +81,7 @@ LAYOUTS = {"1 rank": (1, 1, 2), "EP 2": (2, 2, 2), "2 ranks, ZeRO 3": (2, 1, 3),
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=200)
+    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=900)
     return folder
 
 
@@ -91,18 +97,18 @@ def part_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Path, tmp_path: Path) -> None:
     world_size, ep_size, zero_stage = LAYOUTS[layout]
-    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=300)
+    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=1200)
     for number, stage in enumerate(STAGES):
         at_once = list(zip(*(of_rank[number][0] for of_rank in found), strict=True))
-        if stage != "experts":  # where rows are packed
+        if stage != "packed":  # where rows have both
             assert any(len(set(kinds)) == 2 for kinds in at_once), "no moment with text on one rank, images on another"
         (first, *_, got), (first_alone, *_, want) = metrics(tmp_path / stage), metrics(alone / stage)
-        parts = {"projector": {PROJECTOR}, "language": {PROJECTOR, "language_model"}, "experts": {"router", "experts"}}
+        parts = {"projector": {PROJECTOR}, "language": {"vision_tower", PROJECTOR, "language_model"}}
         for trained in (of_rank[number][1] for of_rank in found):
-            assert {part_of(name) for name in trained} == parts[stage]
+            assert {part_of(name) for name in trained} == parts.get(stage, {"router", "experts"})
         for name in ("train/loss", "train/gradient_norm"):
             assert first[name] == pytest.approx(first_alone[name], rel=2e-5 if number == 0 else 1e-3), (stage, name)
         for name in ("train/loss", "eval/loss"):
@@ -110,7 +116,20 @@ def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Pat
         assert got["eval/exact_match"] == want["eval/exact_match"]
         assert set(got) - _OF_RANKS == set(want), "kinds of tokens included"
         assert got.get("eval/mean_k") == pytest.approx(want.get("eval/mean_k"), abs=0.03)
-        assert ("eval/mean_k_per_kind/image which" in got) == (stage == "experts")
+        assert ("eval/mean_k_per_kind/image which" in got) == (stage in WITH_EXPERTS)
+    changes = adaptations(tmp_path / "experts")
+    assert changes == adaptations(alone / "experts")
+    assert [(step, grown) for step, _, grown, _ in changes if grown] == [(2, [3]), (2, [3])], "in the middle of the run"
+
+
+def adaptations(folder: Path) -> list[tuple[int, str, list[int], list[int]]]:
+    """Step, layer and ids of the experts that were born and of those that were pruned."""
+    events = map(json.loads, (folder / "adaptation.jsonl").read_text().splitlines())
+    return [
+        (event["step"], layer, [expert["expert_id"] for expert in change["grown"]], change["pruned"])
+        for event in events
+        for layer, change in event["layers"].items()
+    ]
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -122,20 +141,21 @@ def test_each_stage_starts_from_the_last_and_changes_what_it_trains_alone(digits
     before = weights(build_vision_language(config, VisionLanguage(config).backbone))
     layers = [f"{TEXT_MODEL}layers.{index}.mlp." for index in (0, 2)]
     trained = {"projector": ("model.multi_modal_projector.",)}
-    trained["language"] = (*trained["projector"], TEXT_MODEL, "lm_head.")
-    trained["experts"] = tuple(f"{layer}{part}." for layer in layers for part in ("router", "experts"))
+    trained["language"] = (*trained["projector"], "model.vision_tower.", TEXT_MODEL, "lm_head.")
+    for stage in WITH_EXPERTS:
+        trained[stage] = tuple(f"{layer}{part}." for layer in layers for part in ("router", "experts"))
     for stage in STAGES:
         model = dm.load_model(alone / stage / "model")
         after = weights(model)
         for name, weight in after.items():
-            is_trained = name.startswith(trained[stage])
+            is_trained = name.startswith(trained[stage]) and not name.startswith(UNUSED)
             if name in before:
                 assert torch.equal(weight, before[name]) != is_trained, (stage, name)
             else:
                 assert stage == "experts" and is_trained, name
         for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
-            assert stage == "experts" and layer.placement.live_ids == (0, 1, 2, 3)
-        if stage == "experts":  # which were copies of the second stage's FFNs, six small steps before
+            assert stage in WITH_EXPERTS and 3 in layer.placement.live_ids
+        if stage == "experts":  # which were copies of the second stage's FFNs, four small steps before
             moved = (after[f"{layers[0]}experts.w1"] - before[f"{layers[0]}gate_proj.weight"]).abs().max()
             assert 0 < moved < 0.05
         before = after
@@ -150,7 +170,7 @@ def test_exact_match_is_what_greedy_decoding_says(digits: Path, tmp_path: Path) 
     (tmp_path / "learnt.json").write_text(json.dumps(asked_once))
     overrides.append(f"data.held_out_path={tmp_path}/learnt.json")
     everything = "stage.trained=[vision_tower,projector,language_model]"
-    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=200)
+    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=900)
     told = metrics(tmp_path / "run")[-1]
     held_out = VisionLanguage(tiny_run(digits, Path("never"), "experts", *overrides)).data.held_out
     model = dm.load_model(tmp_path / "run" / "model")
