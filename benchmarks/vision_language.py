@@ -23,8 +23,7 @@ import torch
 from benchmarks import side_by_side
 from benchmarks.quality.report import spread
 from dynmoe_ds.data.digit_questions import write_digit_questions
-from dynmoe_ds.telemetry.drawing import LAYER_COLOURS, STYLE, finished, legend_beside, new_figure
-from dynmoe_ds.telemetry.exact_match_pictures import exact_match
+from dynmoe_ds.telemetry.exact_match_pictures import draw_exact_match_of_runs, exact_match
 from dynmoe_ds.telemetry.history import RunHistory, read_history
 from dynmoe_ds.telemetry.run_state import finished_steps
 
@@ -176,29 +175,13 @@ def _costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> Path:
-    """Bars by kind of question, one colour per variant, with a dot for each seed."""
-    from matplotlib import rc_context
-
-    kinds = list(results[0]["exact_match"])
-    names = list(dict.fromkeys(one["variant"] for one in results))
-    with rc_context(STYLE):
-        figure, axes = new_figure(4.0)
-        width = 0.8 / len(names)
-        for number, name in enumerate(names):
-            shares = [one["exact_match"] for one in results if one["variant"] == name]
-            places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(kinds))]
-            means = [100 * statistics.fmean(of[kind] for of in shares) for kind in kinds]
-            colour = "#999999" if name == BEFORE else LAYER_COLOURS[number - 1]
-            axes.bar(places, means, width, color=colour, label=name)
-            for of in shares if len(shares) > 1 else ():
-                axes.plot(places, [100 * of[kind] for kind in kinds], "o", color="black", markersize=2)
-        axes.set_xticks(range(len(kinds)), kinds)
-        axes.grid(axis="x", visible=False)
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("answered exactly (%)")
-        legend_beside(axes)
-        title = "Held-out questions about handwritten digits"
-        file.write_bytes(finished("vision_language", title, "", figure, axes).png)
+    """Bars by kind of question, one colour per variant: means over the seeds."""
+    shares: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(one["variant"] for one in results):
+        cells = [one["exact_match"] for one in results if one["variant"] == name]
+        shares[name] = {kind: statistics.fmean(of[kind] for of in cells) for kind in cells[0]}
+    (picture,) = draw_exact_match_of_runs(shares)
+    file.write_bytes(picture.png)
     return file
 
 

@@ -1,6 +1,6 @@
 """What do forward, backward and memory of a `MoELayer` cost beside a dense FFN of equal FLOPs and the layers of others?
 
-    python -m benchmarks.layer                                   # the default cells, about 10 minutes on 2 cores
+    python -m benchmarks.layer                                   # the default cells, about 25 minutes on 2 cores
     python -m benchmarks.layer --tokens 8192 --without-peers --output docs/results/layer_8192
     python -m benchmarks.layer --experts 16 64 --k 2 4 --routing skewed --dtype bfloat16     # all combinations of these
 
@@ -37,8 +37,11 @@ def default_cells() -> Iterator[dict[str, Any]]:
     """Each axis by itself, around 16 experts of which a token takes 2 or 6."""
     for k, routing, dtype in itertools.product((2, 6), ("uniform", "skewed"), ("float32", "bfloat16")):
         yield {"num_experts": 16, "k": k, "routing": routing, "dtype": dtype}
-    for num_experts, k in ((16, 1), (8, 4), (4, 2), (64, 8), (128, 16)):
+    for num_experts, k in ((16, 1), (16, 8), (8, 4), (4, 2), (64, 8), (64, 32), (128, 16), (128, 64)):
         yield {"num_experts": num_experts, "k": k, "routing": "uniform", "dtype": "float32"}
+    for num_experts, k in ((4, 2), (64, 8)):
+        yield {"num_experts": num_experts, "k": k, "routing": "skewed", "dtype": "float32"}
+        yield {"num_experts": num_experts, "k": k, "routing": "uniform", "dtype": "bfloat16"}
 
 
 def chosen_cells(args: argparse.Namespace) -> list[Cell]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layer.candidates import DENSE
+from benchmarks.layer.candidates import DENSE, PADDED, TOP_ANY, TOP_K
 from benchmarks.side_by_side import table, write_page
 
 BOTH = "forward + backward"
@@ -48,6 +48,8 @@ def names_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _lines(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield EXPLANATION
+    yield from ("", "## Targets", "")
+    yield from target_lines(cells)
     for what, title in ((BOTH, "Forward and backward"), ("peak_bytes", "Peak memory")):
         yield from ("", f"## {title}, times that of the dense FFN", "")
         yield from table(
@@ -64,6 +66,46 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from table(header, [_row(cell, name) for name in cell["candidates"]])
         for name, reason in cell["left_out"].items():
             yield from ("", f"{name} is not there: {reason}")
+
+
+def target_lines(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How many cells meet each target that this project set itself, and all comparisons that are lost."""
+    rows = [
+        ["at most 1.05 times the dense FFN", name, what, _met(ratio(cell, name, what) <= 1.05 for cell in cells)]
+        for name in (TOP_K, TOP_ANY)
+        for what in ("forward", BOTH)
+    ]
+    lost = []
+    padded = [cell for cell in cells if PADDED in cell["candidates"]]
+    for what in ("forward", BOTH) if padded else ():
+        gains = [ratio(cell, PADDED, what) / ratio(cell, TOP_ANY, what) for cell in padded]
+        rows.append([f"at least 3 times as fast as {PADDED}", TOP_ANY, what, _met(gain >= 3 for gain in gains)])
+        lost += [
+            f"{cell['label']}, {what}: {TOP_ANY} {gain:.2f} times as fast as {PADDED}"
+            for cell, gain in zip(padded, gains, strict=True)
+            if gain < 3
+        ]
+    # Peers have a top-k router: only ours with one does the same work.
+    pairs = [
+        (cell, name) for cell in cells for name in cell["candidates"] if not name.startswith(("ours", DENSE, PADDED))
+    ]
+    for what in ("forward", BOTH) if pairs else ():
+        gains = [ratio(cell, name, what) / ratio(cell, TOP_K, what) for cell, name in pairs]
+        rows.append(["faster than a peer at equal k", TOP_K, what, _met(gain > 1 for gain in gains)])
+        lost += [
+            f"{cell['label']}, {what}: {name} {ratio(cell, name, what):.2f}, {TOP_K} {ratio(cell, TOP_K, what):.2f}"
+            for (cell, name), gain in zip(pairs, gains, strict=True)
+            if gain <= 1
+        ]
+    yield from table(["target", "layer", "of", "met"], rows)
+    if lost:
+        yield from ("", "Comparisons that are missed (those with the dense FFN are in the next table):", "")
+        yield from (f"- {line}" for line in lost)
+
+
+def _met(found: Iterable[bool]) -> str:
+    every = list(found)
+    return f"{sum(every)} of {len(every)}"
 
 
 def _row(cell: Mapping[str, Any], name: str) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dynmoe_ds.moe import MoELayer, Placement
+from dynmoe_ds.moe import MoELayer, Placement, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +30,6 @@ class Entry:
 
 PLACEMENT_BUFFERS = ("active", "expert_ids", "next_expert_id")
 """The buffers of a `MoELayer` that say which slot holds which expert."""
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """The layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
 def entries(model: nn.Module, placements: Mapping[str, Placement] | None = None) -> list[Entry]:

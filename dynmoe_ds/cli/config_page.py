@@ -39,10 +39,11 @@ agree.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """A file of a group: its name, its comment on top, its keys."""
+    """A file of a group: its name, its comment on top, the kind of section that it is, its own keys."""
 
     name: str
     comment: str
+    kind: str | None = None
     values: Mapping[str, Any]
 
 
@@ -116,7 +117,7 @@ def _names(cls: type) -> list[str]:
 
 
 def _is_of(option: Option, cls: type) -> bool:
-    return option.values.get("name") in _names(cls)
+    return option.kind in _names(cls)
 
 
 def _rows(cls: type, prefix: str, options: list[Option]) -> Iterator[str]:
@@ -185,7 +186,20 @@ def _option(group: str, name: str) -> Option:
             break
         if not line.startswith("# @package"):
             comments.append(line.removeprefix("#").strip())
-    return Option(name=name, comment=" ".join(comments), values=yaml.safe_load(text) or {})
+    return Option(name=name, comment=" ".join(comments), kind=_kind(group, name), values=_values(group, name))
+
+
+def _values(group: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((files(CONFIG_MODULE) / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found or {}
+
+
+def _kind(group: str, name: str) -> str | None:
+    """`name` in the file, or in the one that it begins with."""
+    values = _values(group, name)
+    parents = () if group == "experiment" else values.get("defaults", ())
+    kinds = [values.get("name"), *(_kind(group, parent) for parent in parents if parent != "_self_")]
+    return next((kind for kind in kinds if kind is not None), None)
 
 
 def _told(cls: type) -> str:

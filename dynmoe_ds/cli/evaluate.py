@@ -37,7 +37,8 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--answers",
         metavar="FILE",
-        help="of a vision-language run: a PNG to write, of held-out questions, answers and the experts that fired",
+        help="of a vision-language run: a PNG to write, of held-out questions, answers and the experts that fired; as "
+        "answers.png in the run's folder it is in the report, too",
     )
     evaluate_tasks.add_options(parser)
     parser.set_defaults(run=run)

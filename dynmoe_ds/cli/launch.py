@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -76,10 +77,11 @@ def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sw
 
     Raises: ConfigError with every fault of the run's overrides and the verb's own; LaunchError if it is refused.
     """
+    from dynmoe_ds.cli.launcher import check_devices
     from dynmoe_ds.config.own_groups import split_overrides
     from dynmoe_ds.errors import ConfigError
     from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, with_global_batch
-    from dynmoe_ds.launching.config import KubernetesConfig
+    from dynmoe_ds.launching.config import KubernetesConfig, LocalConfig
     from dynmoe_ds.launching.load import load_launch
     from dynmoe_ds.launching.runs import load_runs
 
@@ -112,6 +114,11 @@ def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sw
             runs = with_global_batch(runs, launch.global_batch_size)
         except ConfigError as error:
             faults += error.faults
+        if isinstance(launch, LocalConfig):
+            try:
+                check_devices(runs.num_ranks)
+            except ConfigError as error:
+                faults += error.faults
     if launch is not None and not is_dry:
         faults += find_missing_programs(launch)
     if faults or launch is None or runs is None:
@@ -205,7 +212,24 @@ def _hosts(launch: DeepSpeedConfig | TorchrunConfig, runs: Runs, *, is_dry: bool
         print(text)
         return 0
     print(f"dynmoe: starting {runs.num_ranks} ranks; run folder {runs.folder}; Ctrl-C stops", flush=True)
-    return hosts.start(launch, runs)
+    code = hosts.start(launch, runs)
+    if code:
+        print(_how_it_ended(code), file=sys.stderr, flush=True)
+    return code
+
+
+def _how_it_ended(code: int) -> str:
+    """The last line of a launch on hosts, after what the ranks and their launchers have said."""
+    from dynmoe_ds.errors import EXIT_PREEMPTED
+
+    again = "The same command goes on from the latest checkpoint, if there is one and checkpoint.resume is auto."
+    if code == EXIT_PREEMPTED:
+        return f"dynmoe: stopped as asked, with a checkpoint. {again}"
+    if code == 128 + signal.SIGINT:
+        return "interrupted"
+    if code > 128:
+        return f"dynmoe: ended by {signal.Signals(code - 128).name}, without a new checkpoint. {again}"
+    return f"dynmoe: the job has failed (exit code {code}). What its ranks said first, above, may tell why. {again}"
 
 
 def _slurm(launch: SlurmConfig, runs: Runs, *, is_dry: bool) -> int:

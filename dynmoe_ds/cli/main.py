@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from dynmoe_ds.cli import (
@@ -23,11 +24,10 @@ from dynmoe_ds.cli import (
     train,
     watch,
 )
-from dynmoe_ds.cli.help_text import EXIT_CODES, EXIT_USER_FAULT, override_help
+from dynmoe_ds.cli.help_text import EXIT_CODES, EXIT_USER_FAULT, LINE_LENGTH, override_help
 from dynmoe_ds.errors import DynMoEError
 
 EXIT_INTERRUPTED = 130
-_FLAGS = ("-m", "--multirun", "--dry-run")
 
 _EXAMPLES = """examples:
   dynmoe train experiment=demo                       train the demo on two CPU ranks
@@ -60,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     after = (evaluate, generate, export, report, watch, inspect)
     for verb in (*before, *after):
         verb.add_verb(verbs)
+    for one in (parser, *verbs.choices.values()):
+        # What keeps the lines of the examples keeps those of the description as well.
+        one.description = textwrap.fill(one.description or "", LINE_LENGTH)
     return parser
 
 
@@ -68,10 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The launcher adds --local_rank=N unless it is told not to; LOCAL_RANK says the same.
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
-    # argparse takes overrides on one side of an option only, while Hydra's own command takes -m anywhere.
-    if arguments[:1] in (["train"], ["launch"]):
-        arguments[1:] = sorted(arguments[1:], key=lambda argument: argument not in _FLAGS)
-    parsed = build_parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         code: int = parsed.run(parsed)
     except DynMoEError as error:
@@ -81,3 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with options between overrides, too, where argparse takes the later overrides for faults."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed

@@ -41,7 +41,10 @@ def split_overrides(overrides: Sequence[str], rooms: Sequence[str]) -> SplitOver
             if override.is_delete() or override.is_sweep_override():
                 raise HydraException("neither deleted nor swept")
         except HydraException:
-            faults.append(f"The override {text!r} cannot be read. Write {room}.KEY=VALUE with one value.")
+            faults.append(
+                f"The override {text!r} cannot be read. Write {room}.KEY=VALUE with one value, and quotes around text "
+                f"""that holds '=', spaces or commas, as in {room}.KEY='"a=b"'."""
+            )
             continue
         own.append((override.key_or_group, override.value()))
     return SplitOverrides(own=tuple(own), others=tuple(others), faults=tuple(faults))

@@ -302,12 +302,15 @@ class CheckpointConfig:
 class TelemetryConfig:
     """Where the numbers go beside the run folder's JSON lines.
 
-    wandb_mode: of Weights & Biases. tensorboard: whether `tensorboard/` in the run folder has them, too.
+    wandb_mode: of Weights & Biases. tensorboard: whether `tensorboard/` in the run folder has them, too. detail: which
+    numbers these two get: `brief`, those that a person watches, or `detailed`, with the series of every layer and kind
+    of tokens. What costs extra, such as the values of routers' controllers, is measured for `detailed` alone.
     """
 
     wandb_mode: Literal["offline", "online", "disabled"]
     wandb_project: str
     tensorboard: bool = False
+    detail: Literal["brief", "detailed"] = "brief"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

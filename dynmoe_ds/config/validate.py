@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -45,6 +46,7 @@ MIN_VOCAB_SIZE = 257
 SHARD_INDEX_FILE = "index.json"
 # Of dynmoe_ds.telemetry, as well.
 CHECKPOINT_FOLDER = "checkpoints"
+OWNER_FILE = "owner.json"
 # Of dynmoe_ds.launching: made before the run, which is its own, started once or again.
 LAUNCH_FOLDER = "launch"
 
@@ -99,10 +101,15 @@ def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         is_resumed = checkpoint.resume == "auto" and not names.isdisjoint((CHECKPOINT_FOLDER, LAUNCH_FOLDER))
-        if names - {LAUNCH_FOLDER} and not is_resumed:
+        if names - {LAUNCH_FOLDER, OWNER_FILE} and not is_resumed:
             yield f"run_dir {run_dir!r} exists and is not empty. Choose another `run_dir`, or move that folder away."
     elif path.exists():
         yield f"run_dir {run_dir!r} exists and is not a folder. Choose another `run_dir`."
+    else:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "may not be written" if above.is_dir() else "is not a folder"
+            yield f"run_dir {run_dir!r} cannot be made: {above} {why}. Choose another `run_dir`."
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dynmoe_ds.distributed.stalls import communication
 from dynmoe_ds.distributed.traffic import Freight, Traffic
 
 
@@ -41,7 +42,8 @@ def exchange_counts(sent: Tensor, group: dist.ProcessGroup, traffic: Traffic | N
     Collective: every rank of `group`.
     """
     received, sent = torch.empty_like(sent), sent.contiguous()
-    dist.all_to_all_single(received, sent, group=group)
+    with communication(group):
+        dist.all_to_all_single(received, sent, group=group)
     if traffic is not None:
         traffic.note("metadata", sent, [1] * group.size(), group)
     return received
@@ -102,8 +104,9 @@ class Flight:
 
     def _land(self) -> None:
         """Wait until everything that was sent last is here."""
-        while self._works:
-            self._works.pop(0)[0].wait()
+        with communication(self._group):
+            while self._works:
+                self._works.pop(0)[0].wait()
 
 
 class _Start(torch.autograd.Function):

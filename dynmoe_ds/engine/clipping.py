@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dynmoe_ds.distributed import communication
 from dynmoe_ds.engine.seam import group_name
 from dynmoe_ds.moe import MoELayer, is_shard
 
@@ -34,7 +35,8 @@ def clip_gradients(
         own = [torch.linalg.vector_norm(grad, dtype=torch.float32) for owner, grad in grads if owner == name]
         square = torch.stack(own).square().sum() if own else torch.zeros((), device=device)
         if name is not None and groups[name] is not None:
-            dist.all_reduce(square, group=groups[name])
+            with communication(groups[name]):
+                dist.all_reduce(square, group=groups[name])
         total += square
     norm = total.sqrt()
     if max_norm > 0:

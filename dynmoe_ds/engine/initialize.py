@@ -22,7 +22,7 @@ from dynmoe_ds.engine.engine import Engine
 from dynmoe_ds.engine.non_finite import OnNonFinite
 from dynmoe_ds.engine.tensor_parallel import agree_on_replicas, tensor_parallel_faults, tp_size_of
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.moe import MoELayer, PaddingMask
+from dynmoe_ds.moe import MoELayer, moe_layers, watch_padding
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -62,7 +62,7 @@ def initialize(
     configuration or model; on every rank, before anything is shared.
     """
     seam.init_distributed(timeout_s)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    layers = moe_layers(model)
     error: Exception | None = None
     settings: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def initialize(
     if tp_size_of(mpu) > 1:
         agree_on_replicas(model, layers, mpu.get_model_parallel_group())
     construction = Construction(model, layers, settings, groups, optimizer or make_optimizer, lr_scheduler, mpu)
-    padding = _watch_padding(model, layers)
+    padding = watch_padding(model)
     return Engine(construction, layers, adaptation, padding, clipping, tuple(token_kinds), on_non_finite)
 
 
@@ -246,14 +246,6 @@ def _share_seeds(layers: Mapping[str, MoELayer]) -> None:
     dist.broadcast_object_list(seeds, src=0)
     for layer, seed in zip(layers.values(), seeds[0], strict=True):
         layer.seed = seed
-
-
-def _watch_padding(model: nn.Module, layers: Mapping[str, MoELayer]) -> PaddingMask:
-    padding = PaddingMask()
-    padding.watch(model)
-    for layer in layers.values():
-        layer.padding = padding
-    return padding
 
 
 def _param_groups(model: nn.Module, model_parameters: ParamGroups | None) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynmoe_ds.distributed import communication
 from dynmoe_ds.engine.left_out import watch_gradient_norm
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.routing import RoutingRecords
@@ -138,7 +139,8 @@ class NonFiniteWatch:
         if parts:
             found = 1.0 - torch.stack([part.isfinite().all() for part in parts]).all().float()
         if dist.get_world_size() > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            with communication():
+                dist.all_reduce(found, op=dist.ReduceOp.MAX)
         if not bool(found):
             self.clear()
             return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 from dynmoe_ds.adaptation import RecordingWindow, add_records
+from dynmoe_ds.distributed import communication
 from dynmoe_ds.moe import MoELayer, Placement, per_slot_statistics, renumbered
 from dynmoe_ds.moe.ledger import STRAIN
 from dynmoe_ds.routing import RoutingRecords
@@ -67,7 +68,8 @@ class RecordBook:
             return {}
         flat = pack(everything)
         if dist.get_world_size() > 1:
-            dist.all_reduce(flat)  # ranks with the same tokens have counted a share each
+            with communication():
+                dist.all_reduce(flat)  # ranks with the same tokens have counted a share each
         return unpack(flat, everything)
 
     def close(self) -> None:

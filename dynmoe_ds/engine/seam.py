@@ -24,6 +24,7 @@ from torch import nn
 
 from dynmoe_ds.distributed import attempt_together, current_layout, group_timeout
 from dynmoe_ds.engine.tensor_parallel import check_expert_groups
+from dynmoe_ds.engine.timed_collectives import time_collectives
 from dynmoe_ds.moe import MoELayer
 
 _MARKER = "_deepspeed_marker"
@@ -60,6 +61,7 @@ def init_distributed(timeout_s: float) -> None:
         # Started without a launcher: one rank. DeepSpeed would ask MPI, which needs mpi4py.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    time_collectives(deepspeed.comm.comm.cdb)
     # DeepSpeed makes its groups, those of the experts too, without a timeout. What fails if this name changes is
     # tests/engine/test_dead_rank.py.
     deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=group_timeout())

@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dynmoe_ds.checkpoint.entries import moe_layers
 from dynmoe_ds.checkpoint.publish import check_vacant, published
 from dynmoe_ds.errors import CheckpointError, ConfigError
 from dynmoe_ds.export.manifest import LayerManifest
 from dynmoe_ds.export.model import build_layer, describe_layer
 from dynmoe_ds.models import shared_expert
+from dynmoe_ds.moe import moe_layers
 
 PREFIX = "dynmoe_"
 """What the model types begin with: a Llama with experts is a `dynmoe_llama`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from dynmoe_ds.checkpoint.entries import Entry, entries, moe_layers, tied_names
+from dynmoe_ds.checkpoint.entries import Entry, entries, tied_names
 from dynmoe_ds.checkpoint.publish import check_vacant, published
 from dynmoe_ds.config.build import build_router_config
 from dynmoe_ds.config.load import to_plain
@@ -34,7 +34,7 @@ from dynmoe_ds.export.manifest import (
     write_manifest,
 )
 from dynmoe_ds.models import empty_model, shared_expert
-from dynmoe_ds.moe import MoELayer, Placement
+from dynmoe_ds.moe import MoELayer, Placement, moe_layers
 
 
 def save_model(model: Engine | nn.Module, folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.harness.model_folder import load_model_folder
 from dynmoe_ds.models import count_flops, count_parameters
-from dynmoe_ds.moe import MoELayer, StepLedger, labelled
+from dynmoe_ds.moe import StepLedger, labelled, moe_layers
 from dynmoe_ds.routing import RoutingRecords
 
 _log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HarnessModel(HFLM):
                 max_length=max_length,
                 add_bos_token=add_bos_token,
             )
-        self._layers = [name for name, module in model.named_modules() if isinstance(module, MoELayer)]
+        self._layers = list(moe_layers(model))
         self._parameters = count_parameters(model, ep_size=1)
         self._records: dict[str, dict[str, RoutingRecords]] = {}  # by task and layer
         self._lengths: dict[str, list[int]] = {}  # tokens of every text that was computed, by task

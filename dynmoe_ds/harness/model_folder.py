@@ -19,7 +19,7 @@ from dynmoe_ds.data import load_pretrained_tokenizer
 from dynmoe_ds.errors import CheckpointError, DataError
 from dynmoe_ds.export import load_model, register_auto_classes
 from dynmoe_ds.export.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from dynmoe_ds.moe import MoELayer, PaddingMask
+from dynmoe_ds.moe import moe_layers, watch_padding
 from dynmoe_ds.training.saved_run import CONFIG_FILE, SavedRun
 from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
 
@@ -50,10 +50,11 @@ def load_model_folder(
     `SavedRun`; CheckpointError for a model that cannot be loaded.
     """
     check_model_folder(folder)
-    if (folder / HUGGING_FACE_FILE).exists():
-        model, own = _listening(_from_pretrained(folder)), folder
-    elif _is_saved_model(folder):
-        model, own = _listening(load_model(folder)), folder
+    if (is_hugging_face := (folder / HUGGING_FACE_FILE).exists()) or _is_saved_model(folder):
+        model, own = (_from_pretrained if is_hugging_face else load_model)(folder), folder
+        watch_padding(model)
+        for name, layer in moe_layers(model).items():
+            layer.name = name
     else:
         run = SavedRun(folder)
         model, own = run.model, run.folder / TOKENIZER_FOLDER
@@ -80,15 +81,6 @@ def _from_pretrained(folder: Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{folder} holds no model that can be loaded ({type(error).__name__}: {error})."
         ) from error
-
-
-def _listening(model: PreTrainedModel) -> PreTrainedModel:
-    padding = PaddingMask()
-    padding.watch(model)
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            module.name, module.padding = name, padding
-    return model
 
 
 def _tokenizer(place: Path, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerFast:

@@ -84,7 +84,7 @@ def find_missing_programs(launch: AnyLaunchConfig) -> list[str]:
         case DeepSpeedConfig(runner="pdsh"):
             needed = ("pdsh", "ssh")
         case DeepSpeedConfig():
-            needed = ("mpirun",)
+            needed = ("mpirun", "ssh")
         case TorchrunConfig(start="ssh"):
             needed = ("ssh",)
         case _:
@@ -202,6 +202,13 @@ def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
         )
     volume = Path(launch.volume_path)
     for config in runs.configs:
+        for key, value in _paths(config, ""):
+            path = Path(value)
+            if path.is_absolute() and not path.is_relative_to(volume) and path.exists():
+                yield (
+                    f"{key} is {value!r}, which is on this machine. Pods see launch.volume_path ({volume}) and what is "
+                    f"in the image: copy it to the volume, and use {key}={volume}/NAME."
+                )
         if not Path(config.run_dir).is_relative_to(volume):
             yield (
                 f"run_dir is {config.run_dir}, which is not below launch.volume_path ({volume}), so that it would be "

@@ -15,6 +15,7 @@ from dynmoe_ds.config.validate import LAUNCH_FOLDER
 from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.launching.runs import Runs
 from dynmoe_ds.telemetry.run_folder import collect_versions
+from dynmoe_ds.telemetry.run_owner import refuse_if_in_use
 from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 
 PACKAGES = ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs")
@@ -40,7 +41,10 @@ def freeze(launch: AnyLaunchConfig, runs: Runs, files: Mapping[str, str], *, wit
     """Write each run's configuration, `files` by name, and the code if it is wanted, into the launch folders, anew.
 
     A sweep's table of runs goes into its folder, too. The output of earlier jobs stays.
+    Raises: LaunchError if another process trains into a run folder, before anything is written.
     """
+    for config in runs.configs:
+        refuse_if_in_use(config.run_dir)
     folders = {launch_folder(runs.folder), *(launch_folder(Path(config.run_dir)) for config in runs.configs)}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

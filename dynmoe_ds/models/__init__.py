@@ -13,7 +13,7 @@ from dynmoe_ds.models.vision_language import (
     check_packing,
     finish_vision_language,
     llava_backbone,
-    see_images_in_vain,
+    take_conversations,
     tokens_per_image,
 )
 
@@ -37,7 +37,7 @@ __all__ = [
     "fuse_norms",
     "llava_backbone",
     "parameter_groups",
-    "see_images_in_vain",
+    "take_conversations",
     "shared_expert",
     "tokens_per_image",
     "vit_backbone",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import MoELayer, moe_layers
 from dynmoe_ds.routing import Router
 
 PER_WEIGHT = 2  # a multiplication and an addition
@@ -56,7 +56,7 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
     model without one has none. Of a vision-language model it is the language model's. Count before ZeRO-3 splits the
     parameters.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    layers = moe_layers(model)
     parts = [part for layer in layers.values() for part in (layer.router, layer.experts)]
     inside = {id(module) for part in parts for module in part.modules()}
     named = model.named_modules()

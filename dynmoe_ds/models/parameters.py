@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dynmoe_ds.moe import MoELayer
+from dynmoe_ds.moe import moe_layers
 
 # By name, because stacked expert biases have one dimension more than the biases they stack.
 UNDECAYED_NAMES = ("bias", "b1", "b2", "threshold")
@@ -66,7 +66,7 @@ def count_parameters(model: nn.Module, ep_size: int) -> ParameterCount:
 
     The live counts follow `MoELayer.active` as it is now. Count before ZeRO-3 splits the parameters.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    layers = moe_layers(model)
     num_live: dict[str, int] = {}
     per_expert: dict[str, int] = {}
     per_router_row: dict[str, int] = {}

@@ -135,12 +135,12 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
 
     attempt_together(finish)
     checkpoint_activations(model, config.parallel)
-    see_images_in_vain(model)
+    take_conversations(model)
     freeze_all_but(model, stage.trained)
     return model
 
 
-def see_images_in_vain(model: LlavaForConditionalGeneration) -> None:
+def take_conversations(model: LlavaForConditionalGeneration) -> None:
     """Let `model` take the batches of `data.ConversationExamples` (`_TakesConversations`)."""
     model.model.__class__ = _TakesConversations
 

@@ -1,7 +1,7 @@
 """The layer, the ledger of a step, and which slot holds which expert."""
 
 from dynmoe_ds.moe.labels import labelled
-from dynmoe_ds.moe.layer import MoELayer, layer_faults
+from dynmoe_ds.moe.layer import MoELayer, layer_faults, moe_layers, watch_padding
 from dynmoe_ds.moe.layer_traffic import LayerTraffic
 from dynmoe_ds.moe.ledger import StepLedger
 from dynmoe_ds.moe.padding import PaddingMask
@@ -22,9 +22,11 @@ __all__ = [
     "labelled",
     "layer_faults",
     "is_shard",
+    "moe_layers",
     "neighbours_fault",
     "per_slot_statistics",
     "renumbered",
     "layer_seed",
     "upcycle",
+    "watch_padding",
 ]

@@ -281,6 +281,20 @@ class MoELayer(nn.Module):
                     self.experts.get_parameter(name)[slot - first] = value
 
 
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The layers of a model by their place in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def watch_padding(model: nn.Module) -> PaddingMask:
+    """Let every `MoELayer` of `model` know padding by the `attention_mask` [B, L] that the model is called with."""
+    padding = PaddingMask()
+    padding.watch(model)
+    for layer in moe_layers(model).values():
+        layer.padding = padding
+    return padding
+
+
 def _become(module: nn.Module, new: nn.Module) -> None:
     """Give `module` the parameters, buffers, children and attributes of `new`; hooks on it stay."""
     module.__dict__.update({name: value for name, value in new.__dict__.items() if "hooks" not in name})

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynmoe_ds.distributed import communication
+
 if TYPE_CHECKING:
     from dynmoe_ds.moe.layer import MoELayer
     from dynmoe_ds.moe.placement import Placement
@@ -83,7 +85,8 @@ class TokenSampler:
         rows = [own]
         if dist.is_initialized() and dist.get_world_size() > 1:
             rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(rows, own)
+            with communication():
+                dist.all_gather(rows, own)
         everything = torch.cat(rows)
         everything = everything[(everything[:, -1] > 0) & everything.isfinite().all(1)]
         return everything[:, :width], everything[:, width:-1] > 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from dynmoe_ds.distributed import communication
 from dynmoe_ds.errors import ConfigError
 
 
@@ -70,12 +71,14 @@ class TokenShares:
     def whole(self, own: Tensor) -> Tensor:
         """The parts of all ranks. Collective: the group."""
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own.contiguous(), group=self.group)
+        with communication(self.group):
+            dist.all_gather(parts, own.contiguous(), group=self.group)
         return torch.cat(parts)
 
     def _sum(self, grad: Tensor) -> Tensor:
         total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
+        with communication(self.group):
+            dist.all_reduce(total, group=self.group)
         return total
 
 

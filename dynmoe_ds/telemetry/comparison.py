@@ -33,6 +33,7 @@ from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.report import REPORT_FILE, UNKNOWN
 from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, METRICS_FILE
 from dynmoe_ds.telemetry.sweep import STATE, Sweep, SweptRun, label, remarks, summary_table
+from dynmoe_ds.telemetry.time_pictures import time_shares
 from dynmoe_ds.telemetry.trackers import short_list, short_number, spoken_time
 
 MAX_RUNS_SHOWN = len(LAYER_COLOURS)
@@ -165,6 +166,8 @@ _FACTS: dict[str, Callable[[RunHistory], str]] = {
     "live experts by layer": lambda one: _live_by_layer(one),
     "active parameters": lambda one: _last_short(one, "moe/active_parameters"),
     "tokens/s (median)": lambda one: _median_rate(one),
+    "of a step computing": lambda one: f"{shares['compute']:.0%}" if (shares := time_shares(one)) else "–",
+    "most memory (GiB)": lambda one: _highest(one, "train/peak_memory_gib"),
     "time": lambda one: UNKNOWN if one.time_s is None else spoken_time(one.time_s),
 }
 
@@ -181,6 +184,11 @@ def _last(history: RunHistory, name: str, form: str) -> str:
 def _last_short(history: RunHistory, name: str) -> str:
     series = history.series.get(name)
     return short_number(series.values[-1]) if series is not None and math.isfinite(series.values[-1]) else "–"
+
+
+def _highest(history: RunHistory, name: str) -> str:
+    series = history.series.get(name)
+    return f"{max(series.values):.2f}" if series is not None else "–"
 
 
 def _live_by_layer(history: RunHistory) -> str:

@@ -15,73 +15,159 @@ import torch.distributed as dist
 
 from dynmoe_ds.errors import ConfigError, DivergenceError
 
+Tier = Literal["brief", "detailed"]
 Reduction = Literal["mean", "sum", "max", "min", "last"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 # What a name may hold in the place of a word in angle brackets. A layer's name may have slashes.
-PLACES = {"<layer>": ".+", "<kind>": "[^/]+", "<value>": "[^/]+"}
+PLACES = {"<layer>": ".+", "<kind>": "[^/]+", "<rank>": r"\d+", "<value>": "[^/]+"}
 
-METRICS: dict[str, str] = {
-    "train/loss": "Loss of the training batches since the last log line: see eval/loss.",
-    "train/aux_loss": "Sum of the routers' weighted auxiliary losses, added to train/loss for the gradient.",
-    "train/learning_rate": "Learning rate of the step.",
-    "train/gradient_norm": "L2 norm of the gradient before clipping.",
-    "train/tokens_per_second": "Training tokens of all ranks per second of wall-clock time.",
-    "train/tokens_seen": "Training tokens of all ranks since step 0.",
-    "train/step_time_s": "Wall-clock seconds per optimiser step.",
-    "train/skipped_steps": "Steps since step 0 whose update was left out for NaN or infinity.",
-    "eval/loss": "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error.",
-    "eval/accuracy": "Share (0 to 1) of held-out examples whose class is the model's first answer.",
-    "eval/exact_match": "Share (0 to 1) of held-out answers whose every token is the model's first choice.",
-    "eval/exact_match/<kind>": "As eval/exact_match, of the samples of one kind.",
-    "eval/f1": "Harmonic mean of precision and recall of class 1 on the held-out examples, 0 to 1.",
-    "eval/matthews": "Matthews correlation of answers and classes of the held-out examples, -1 to 1.",
-    "eval/pearson": "Pearson correlation of answers and scores of the held-out examples, -1 to 1.",
-    "eval/spearman": "Spearman rank correlation of answers and scores of the held-out examples, -1 to 1.",
-    "eval/score": "Mean of the metrics of a GLUE task, by which its table and its best epoch go.",
-    "eval/loss_mismatched": "As eval/loss, on the mismatched part of MNLI.",
-    "eval/accuracy_mismatched": "As eval/accuracy, on the mismatched part of MNLI.",
-    "moe/mean_k": "Experts chosen per token, averaged over tokens and layers.",
-    "moe/mean_k/<layer>": "Experts chosen per token in one layer.",
-    "moe/mean_k_per_kind/<kind>": "Experts chosen per token of one kind, averaged over layers.",
-    "moe/mean_k_per_kind/<kind>/<layer>": "Experts chosen per token of one kind in one layer.",
-    "moe/active_parameters": "Parameters that an average token meets: all but the experts, and the experts it chose.",
-    "moe/forward_flops_per_token": "FLOPs of matrix products in the forward pass of an average token.",
-    "moe/training_flops_per_token": "FLOPs of matrix products in training on an average token: three times as many.",
-    "moe/live_experts/<layer>": "Experts that exist in one layer.",
-    "moe/slots/<layer>": "Slots of one layer's pool: live experts and free places.",
-    "moe/unrouted_share/<layer>": "Share (0 to 1) of one layer's tokens that chose no expert.",
-    "moe/busiest_share/<layer>": "Share (0 to 1) of one layer's tokens that chose its busiest expert.",
-    "moe/load_entropy/<layer>": "Evenness of one layer's load: entropy of its K experts' shares over ln K, 0 to 1.",
-    "moe/controller/<value>/<layer>": "A value that one layer's router sets by itself, such as its budget's control.",
-    "moe/sent_row_bytes_per_token": "Bytes of rows that ranks send to each other per training token, in all layers.",
-    "moe/least_row_bytes_per_token": "The fewest such bytes that the tokens' choices allow, straight to each rank.",
-    "moe/sent_metadata_bytes_per_token": "Bytes of counts, slots and weights that ranks send to each other per token.",
-    "eval/mean_k": "Experts chosen per held-out token, averaged over tokens and layers.",
-    "eval/mean_k/<layer>": "Experts chosen per held-out token in one layer.",
-    "eval/mean_k_per_kind/<kind>": "Experts chosen per held-out token of one kind, averaged over layers.",
-    "eval/mean_k_per_kind/<kind>/<layer>": "Experts chosen per held-out token of one kind in one layer.",
-    "eval/active_parameters": "Parameters that an average held-out token meets.",
-    "eval/forward_flops_per_token": "FLOPs of matrix products in the forward pass of an average held-out token.",
-    "eval/unrouted_share/<layer>": "Share (0 to 1) of one layer's held-out tokens that chose no expert by themselves.",
-    "eval/busiest_share/<layer>": "Share (0 to 1) of one layer's held-out tokens that chose its busiest expert.",
-    "eval/load_entropy/<layer>": "Evenness of one layer's load by held-out tokens, as moe/load_entropy.",
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedMetric:
+    """What a name means, and whether trackers get it always or only with `telemetry.detail=detailed`."""
+
+    meaning: str
+    tier: Tier
+
+
+def _brief(meaning: str) -> ListedMetric:
+    return ListedMetric(meaning=meaning, tier="brief")
+
+
+def _detailed(meaning: str) -> ListedMetric:
+    return ListedMetric(meaning=meaning, tier="detailed")
+
+
+METRICS: dict[str, ListedMetric] = {
+    "train/loss": _brief("Loss of the training batches since the last log line: see eval/loss."),
+    "train/aux_loss": _brief("Sum of the routers' weighted auxiliary losses, added to train/loss for the gradient."),
+    "train/learning_rate": _brief("Learning rate of the step."),
+    "train/gradient_norm": _brief("L2 norm of the gradient before clipping."),
+    "train/tokens_per_second": _brief("Training tokens of all ranks per second of wall-clock time."),
+    "train/tokens_seen": _brief("Training tokens of all ranks since step 0."),
+    "train/step_time_s": _brief("Wall-clock seconds per optimiser step, of the slowest rank."),
+    "train/compute_time_s": _brief("Of these, the seconds that are in none of the next three, mean over ranks."),
+    "train/compute_time_s/<rank>": _detailed("The same of one rank: the one with most holds up the others."),
+    "train/communication_time_s": _brief(
+        "Of these, the seconds of collectives that the computation stood still for, all ranks being there."
+    ),
+    "train/wait_time_s": _brief(
+        "Of these, the seconds for which ranks stood still until the last one came, mean over ranks."
+    ),
+    "train/data_time_s": _brief(
+        "Of these, the seconds for which the computation stood still for its next batch, mean over ranks."
+    ),
+    "train/peak_memory_gib": _brief(
+        "Most memory of a rank: GPU memory allocated since the last line; on a CPU resident since the start."
+    ),
+    "train/skipped_steps": _brief("Steps since step 0 whose update was left out for NaN or infinity."),
+    "eval/loss": _brief(
+        "Cross-entropy of the held-out data in nats, per token of text or per example; else squared error."
+    ),
+    "eval/accuracy": _brief("Share (0 to 1) of held-out examples whose class is the model's first answer."),
+    "eval/exact_match": _brief("Share (0 to 1) of held-out answers whose every token is the model's first choice."),
+    "eval/exact_match/<kind>": _brief("As eval/exact_match, of the samples of one kind."),
+    "eval/f1": _brief("Harmonic mean of precision and recall of class 1 on the held-out examples, 0 to 1."),
+    "eval/matthews": _brief("Matthews correlation of answers and classes of the held-out examples, -1 to 1."),
+    "eval/pearson": _brief("Pearson correlation of answers and scores of the held-out examples, -1 to 1."),
+    "eval/spearman": _brief("Spearman rank correlation of answers and scores of the held-out examples, -1 to 1."),
+    "eval/score": _brief("Mean of the metrics of a GLUE task, by which its table and its best epoch go."),
+    "eval/loss_mismatched": _brief("As eval/loss, on the mismatched part of MNLI."),
+    "eval/accuracy_mismatched": _brief("As eval/accuracy, on the mismatched part of MNLI."),
+    "moe/mean_k": _brief("Experts chosen per token, averaged over tokens and layers."),
+    "moe/mean_k/<layer>": _detailed("Experts chosen per token in one layer."),
+    "moe/mean_k_per_kind/<kind>": _detailed("Experts chosen per token of one kind, averaged over layers."),
+    "moe/mean_k_per_kind/<kind>/<layer>": _detailed("Experts chosen per token of one kind in one layer."),
+    "moe/active_parameters": _brief(
+        "Parameters that an average token meets: all but the experts, and the experts it chose."
+    ),
+    "moe/forward_flops_per_token": _detailed("FLOPs of matrix products in the forward pass of an average token."),
+    "moe/training_flops_per_token": _brief(
+        "FLOPs of matrix products in training on an average token: three times as many."
+    ),
+    "moe/live_experts/<layer>": _brief("Experts that exist in one layer."),
+    "moe/slots/<layer>": _detailed("Slots of one layer's pool: live experts and free places."),
+    "moe/unrouted_share/<layer>": _detailed("Share (0 to 1) of one layer's tokens that chose no expert."),
+    "moe/busiest_share/<layer>": _detailed("Share (0 to 1) of one layer's tokens that chose its busiest expert."),
+    "moe/load_entropy/<layer>": _detailed(
+        "Evenness of one layer's load: entropy of its K experts' shares over ln K, 0 to 1."
+    ),
+    "moe/rank_imbalance": _brief(
+        "Rows of the busiest rank over the mean of its group, of all layers, each by its rows."
+    ),
+    "moe/rank_imbalance/<layer>": _detailed(
+        "The same of one layer: 1 for equal work, ep_size if one rank has all of it."
+    ),
+    "moe/controller/<value>/<layer>": _detailed(
+        "A value that one layer's router sets by itself, such as its budget's control."
+    ),
+    "moe/sent_row_bytes_per_token": _brief(
+        "Bytes of rows that ranks send to each other per training token, in all layers."
+    ),
+    "moe/least_row_bytes_per_token": _brief(
+        "The fewest such bytes that the tokens' choices allow, straight to each rank."
+    ),
+    "moe/sent_metadata_bytes_per_token": _brief(
+        "Bytes of counts, slots and weights that ranks send to each other per token."
+    ),
+    "eval/mean_k": _brief("Experts chosen per held-out token, averaged over tokens and layers."),
+    "eval/mean_k/<layer>": _detailed("Experts chosen per held-out token in one layer."),
+    "eval/mean_k_per_kind/<kind>": _detailed("Experts chosen per held-out token of one kind, averaged over layers."),
+    "eval/mean_k_per_kind/<kind>/<layer>": _detailed("Experts chosen per held-out token of one kind in one layer."),
+    "eval/active_parameters": _brief("Parameters that an average held-out token meets."),
+    "eval/forward_flops_per_token": _detailed(
+        "FLOPs of matrix products in the forward pass of an average held-out token."
+    ),
+    "eval/unrouted_share/<layer>": _detailed(
+        "Share (0 to 1) of one layer's held-out tokens that chose no expert by themselves."
+    ),
+    "eval/busiest_share/<layer>": _detailed(
+        "Share (0 to 1) of one layer's held-out tokens that chose its busiest expert."
+    ),
+    "eval/load_entropy/<layer>": _detailed("Evenness of one layer's load by held-out tokens, as moe/load_entropy."),
 }
-"""Every metric name and its meaning. `<layer>` stands for the name of a layer, `<kind>` for that of a kind of tokens,
-`<value>` for one of a router's own (`Router.observables`)."""
+"""Every metric name, its meaning and its tier. `<layer>` stands for the name of a layer, `<kind>` for that of a kind of
+tokens, `<rank>` for a rank, `<value>` for one of a router's own (`Router.observables`)."""
+
+OF_THE_MACHINE: frozenset[str] = frozenset(
+    {
+        "train/tokens_per_second",
+        "train/step_time_s",
+        "train/compute_time_s",
+        "train/communication_time_s",
+        "train/wait_time_s",
+        "train/data_time_s",
+        "train/peak_memory_gib",
+    }
+)
+"""What differs between two runs that are otherwise the same."""
 
 
 def meaning_of(name: str) -> str:
     """The meaning of a metric name; a per-layer name carries its layer: `moe/mean_k/model.layers.1.mlp`.
 
+    Raises: as `tier_of`.
+    """
+    return _listed(name).meaning
+
+
+def tier_of(name: str) -> Tier:
+    """The tier of a metric name.
+
     Raises: ConfigError for a name that is not listed in `METRICS`.
     """
+    return _listed(name).tier
+
+
+@cache
+def _listed(name: str) -> ListedMetric:
     if not any(place in name for place in PLACES):
         if name in METRICS:
             return METRICS[name]
-        for listed, meaning in METRICS.items():
+        for listed, metric in METRICS.items():
             if _pattern(listed).fullmatch(name):
-                return meaning
+                return metric
     raise ConfigError(
         f"There is no metric {name!r}. Use one of {', '.join(METRICS)}, or add the name and its meaning to METRICS in "
         f"dynmoe_ds/telemetry/metrics.py."

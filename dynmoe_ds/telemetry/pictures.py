@@ -28,6 +28,7 @@ from dynmoe_ds.telemetry.drawing import (
 from dynmoe_ds.telemetry.exact_match_pictures import draw_exact_match
 from dynmoe_ds.telemetry.history import ExpertLife, LayerHistory, LoadLine, RunHistory, Series
 from dynmoe_ds.telemetry.routing_pictures import draw_routing
+from dynmoe_ds.telemetry.time_pictures import draw_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +64,7 @@ def draw_pictures(history: RunHistory) -> Iterator[Picture]:
         if any(layer.unrouted_share.steps for layer in shown):
             yield _unrouted_picture(history, shown, names)
         yield from draw_routing(history, shown, names, _layers_note(history))
+        yield from draw_time(history, shown, names, _layers_note(history))
         for number, layer in enumerate(shown):
             if layer.lives:
                 yield _lives_picture(history, layer, f"lives_{number:02d}")

@@ -12,6 +12,7 @@ from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.pictures import MAX_LAYERS_SHOWN, Picture, draw_pictures
 from dynmoe_ds.telemetry.run_folder import ADAPTATION_FILE, CONFIG_FILE, SAMPLE_FILE, VERSIONS_FILE
+from dynmoe_ds.telemetry.time_pictures import time_shares
 from dynmoe_ds.telemetry.trackers import short_number, spoken_time
 
 REPORT_FILE = "report.html"
@@ -86,6 +87,10 @@ def _facts(history: RunHistory) -> str:
         "live experts, first → last": _live_range(history),
         "births / deaths": f"{_total(history, 'births')} / {_total(history, 'deaths')}",
     }
+    if shares := time_shares(history):
+        facts["of a step's time, computing"] = f"{shares['compute']:.0%}"
+    if "train/peak_memory_gib" in history.series:
+        facts["most memory of a rank"] = f"{max(history.series['train/peak_memory_gib'].values):.2f} GiB"
     for name, title in COSTS.items():
         if name in history.series:
             facts[f"{title}, last"] = _last_short(history.series[name])

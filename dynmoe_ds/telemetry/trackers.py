@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TextIO
 
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.telemetry.events import EventDict, describe_event
-from dynmoe_ds.telemetry.metrics import Metric
+from dynmoe_ds.telemetry.metrics import Metric, Tier, tier_of
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from dynmoe_ds.telemetry.tensorboard import TensorBoardTracker, require_tensorboard
 
@@ -115,6 +115,8 @@ class ConsoleTracker:
             parts.append(f"experts {' '.join(f'{value:.0f}' for value in live)}")
         if "train/tokens_per_second" in self._latest:
             parts.append(f"{short_number(self._latest['train/tokens_per_second'])} tok/s")
+        if "train/compute_time_s" in self._latest and self._latest.get("train/step_time_s"):
+            parts.append(f"compute {self._latest['train/compute_time_s'] / self._latest['train/step_time_s']:.0%}")
         if left_s is not None:
             parts.append(f"eta {clock_time(left_s)}")
         return "  ".join(parts)
@@ -152,6 +154,23 @@ class ConsoleTracker:
             self._stream.flush()
         except OSError:
             self._stream = None
+
+
+class BriefTracker:
+    """Gives another tracker the metrics of the brief tier only, and everything else as it comes."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        if brief := [metric for metric in metrics if tier_of(metric.name) == "brief"]:
+            self._tracker.log(step, brief)
+
+    def log_event(self, event: EventDict) -> None:
+        self._tracker.log_event(event)
+
+    def close(self) -> None:
+        self._tracker.close()
 
 
 class WandbTracker:
@@ -257,12 +276,14 @@ def build_trackers(
     wandb_mode: WandbMode,
     wandb_project: str,
     tensorboard: bool = False,
+    detail: Tier = "brief",
     first_step: int = 0,
     stream: TextIO | None = None,
 ) -> list[Tracker]:
     """The trackers of this rank: all on rank 0, none elsewhere. `folder` is None where the rank is not 0.
 
-    first_step: the optimiser step after which the run begins. Raises: ConfigError on every rank where wandb or
+    detail: the tier that Weights & Biases and TensorBoard get, where every name is a chart; the run folder's lines get
+    all. first_step: the optimiser step after which the run begins. Raises: ConfigError on every rank where wandb or
     TensorBoard is asked for and missing.
     """
     require_wandb(wandb_mode)
@@ -271,12 +292,14 @@ def build_trackers(
     if rank != 0:
         return []
     assert folder is not None, f"rank {rank} writes the run folder but folder is {folder}"
-    trackers: list[Tracker] = [JsonLinesTracker(folder), ConsoleTracker(total_steps, stream)]
+    charts: list[Tracker] = []
     if wandb_mode != "disabled":
-        trackers.append(WandbTracker(folder.path, config, wandb_project, wandb_mode))
+        charts.append(WandbTracker(folder.path, config, wandb_project, wandb_mode))
     if tensorboard:
-        trackers.append(TensorBoardTracker(folder.path, first_step))
-    return trackers
+        charts.append(TensorBoardTracker(folder.path, first_step))
+    if detail == "brief":
+        charts = [BriefTracker(chart) for chart in charts]
+    return [JsonLinesTracker(folder), ConsoleTracker(total_steps, stream), *charts]
 
 
 def short_number(value: float) -> str:

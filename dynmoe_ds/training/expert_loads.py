@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dynmoe_ds.adaptation import rank_loads
 from dynmoe_ds.moe import Placement
 from dynmoe_ds.routing import RoutingRecords
 from dynmoe_ds.routing.token_kinds import KIND_STATISTICS
@@ -17,6 +18,8 @@ from dynmoe_ds.telemetry import Metric
 class ExpertLoads:
     """Tokens by layer name and expert id, and what else the records say that belongs to no slot.
 
+    rows_per_rank: by layer and rank of the expert-parallel group, all replicas of the group together.
+
     Records count by slot, and an adaptation can give a slot to another expert, or resize the pool.
     `engine.take_records_by_placement` gives them with the placements that they were made under.
     """
@@ -24,6 +27,7 @@ class ExpertLoads:
     def __init__(self) -> None:
         self.records: dict[str, RoutingRecords] = {}
         self.tokens_per_expert: dict[str, Counter[int]] = {}
+        self.rows_per_rank: dict[str, list[int]] = {}
 
     def add(self, records: Mapping[str, RoutingRecords], placements: Mapping[str, Placement]) -> None:
         """Count `records`, summed over all ranks and all made under `placements`."""
@@ -32,8 +36,11 @@ class ExpertLoads:
             self.records[layer] = self.records[layer] + of_no_slot if layer in self.records else of_no_slot
             tokens_per_slot = record.tokens_per_slot.tolist()
             load = self.tokens_per_expert.setdefault(layer, Counter())
-            for expert_id, slot in placements[layer].slots_by_id.items():
-                load[expert_id] += tokens_per_slot[slot]
+            placement = placements[layer]
+            new = {expert_id: tokens_per_slot[slot] for expert_id, slot in placement.slots_by_id.items()}
+            load.update(new)
+            before = self.rows_per_rank.get(layer, [0] * placement.ep_size)
+            self.rows_per_rank[layer] = [a + b for a, b in zip(before, rank_loads(new, placement), strict=True)]
 
     def mean_k(self) -> dict[str, float]:
         """Experts per token by layer."""

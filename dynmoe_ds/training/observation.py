@@ -58,6 +58,23 @@ def pool_metrics(placements: Mapping[str, Placement], observables: Mapping[str, 
     return found
 
 
+def rank_metrics(loads: ExpertLoads) -> list[Metric]:
+    """How unevenly rows fall on the ranks of a group; nothing where one rank has all experts, or nobody has rows.
+
+    Ranks wait for the busiest one in every layer. So for all layers together it is what the busiest ranks compute over
+    what they would if each layer's rows were shared out equally.
+    """
+    by_layer = {layer: rows for layer, rows in loads.rows_per_rank.items() if len(rows) > 1 and any(rows)}
+    if not by_layer:
+        return []
+    busiest = {layer: max(rows) for layer, rows in by_layer.items()}
+    mean = {layer: sum(rows) / len(rows) for layer, rows in by_layer.items()}
+    return [
+        _metric("moe/rank_imbalance", sum(busiest.values()) / sum(mean.values())),
+        *(_metric(f"moe/rank_imbalance/{layer}", busiest[layer] / mean[layer]) for layer in by_layer),
+    ]
+
+
 def traffic_metrics(traffic: Mapping[str, LayerTraffic], num_tokens: int) -> list[Metric]:
     """What this rank sent to others in all layers for its `num_tokens` tokens; nothing where it has all experts."""
     if not traffic:

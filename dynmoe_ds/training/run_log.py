@@ -85,6 +85,7 @@ class RunLog:
             wandb_mode=config.telemetry.wandb_mode,
             wandb_project=config.telemetry.wandb_project,
             tensorboard=config.telemetry.tensorboard,
+            detail=config.telemetry.detail,
             first_step=first_step,
             stream=stream,
         )

@@ -17,8 +17,8 @@ from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.export import load_checkpoint_model, load_model
 from dynmoe_ds.export.manifest import read_manifest
-from dynmoe_ds.models import count_flops, count_parameters, see_images_in_vain
-from dynmoe_ds.moe import MoELayer, PaddingMask, StepLedger, labelled
+from dynmoe_ds.models import count_flops, count_parameters, take_conversations
+from dynmoe_ds.moe import StepLedger, labelled, moe_layers, watch_padding
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, MODEL_FILE
 from dynmoe_ds.training.expert_loads import ExpertLoads
@@ -47,13 +47,12 @@ class SavedRun:
             )
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.model: PreTrainedModel = self._load().to(device or "cpu")
-        self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, MoELayer)}
+        self.layers = moe_layers(self.model)
         if isinstance(self.model, LlavaForConditionalGeneration):
-            see_images_in_vain(self.model)  # as in training: held-out batches of text alone bring one
-        padding = PaddingMask()
-        padding.watch(self.model)
+            take_conversations(self.model)  # as in training: held-out batches of text alone bring one
+        watch_padding(self.model)
         for name, layer in self.layers.items():
-            layer.name, layer.padding = name, padding
+            layer.name = name
 
     def _load(self) -> PreTrainedModel:
         if self.source.name == MODEL_FOLDER:

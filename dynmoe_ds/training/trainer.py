@@ -18,7 +18,7 @@ from dynmoe_ds.config.deepspeed_json import to_deepspeed
 from dynmoe_ds.config.schema import DataConfig, ImageFolderConfig, LlavaDataConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.data import BatchLoader, TrainingOrder, from_rank_zero
-from dynmoe_ds.distributed import raise_together
+from dynmoe_ds.distributed import StallClock, communication, raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed, runs_on_gpu
 from dynmoe_ds.errors import ConfigError, DynMoEError, NonFiniteError
@@ -28,12 +28,14 @@ from dynmoe_ds.export.model import describe_model
 from dynmoe_ds.models import count_flops, count_parameters, fuse_norms, parameter_groups
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.telemetry.run_folder import MODEL_FILE
+from dynmoe_ds.telemetry.run_owner import RunOwnership
 from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training.expert_loads import ExpertLoads
-from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, traffic_metrics
+from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, rank_metrics, traffic_metrics
 from dynmoe_ds.training.run_checkpoints import RunCheckpoints, clear_results, mark_finished
 from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
+from dynmoe_ds.training.step_time import peak_memory_gib, reset_peak_memory, step_time_metrics
 from dynmoe_ds.training.tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Trainer:
     `stream` is where rank 0 shows its progress; None sends it to `logging`. `should_stop` is asked after every
     optimiser step: as soon as it is true on any rank, all stop with a checkpoint.
     Collective: construction and `run`. Raises, on every rank: ConfigError for a configuration that cannot work,
-    DataError for data that cannot be used.
+    LaunchError for a run folder that another process trains into, DataError for data that cannot be used.
     """
 
     def __init__(
@@ -66,11 +68,23 @@ class Trainer:
                 "Change one of the two."
             )
         raise_together(ConfigError(faults) if faults else None)
-        finished = from_rank_zero(lambda: finished_steps(config.run_dir))
-        self.is_finished = finished is not None and finished >= config.training.steps
-        self.first_step = finished or 0
+        self._ownership = RunOwnership(config.run_dir)
+        self._find_finished()
         if not self.is_finished:
-            self._build(stream)
+            while not from_rank_zero(self._ownership.try_take):
+                pass
+            try:
+                self._find_finished()  # by the last moment of the owner before
+                if not self.is_finished:
+                    self._build(stream)
+            except BaseException:
+                self._ownership.release()
+                raise
+
+    def _find_finished(self) -> None:
+        """Whether the folder holds this run's end already. Collective: every rank."""
+        self.first_step = from_rank_zero(lambda: finished_steps(self.config.run_dir)) or 0
+        self.is_finished = self.first_step >= self.config.training.steps
 
     def _build(self, stream: TextIO | None) -> None:
         """Everything that training needs. The run folder last: a run that is refused leaves it as it was."""
@@ -107,7 +121,8 @@ class Trainer:
         on_first_rank(lambda: write_manifest(describe_model(model), Path(config.run_dir) / MODEL_FILE))
         self._rolled_back: list[int] = []
         self.placements = self.engine.placements()
-        self.interval = _Interval.starting_now(self.engine.device)
+        self.stalls = StallClock(self.engine.device)
+        self._start_interval()
         self._layers_warned_about: set[str] = set()
 
     def run(self) -> None:
@@ -127,10 +142,12 @@ class Trainer:
                     self.run_dir,
                     self.first_step,
                 )
+            self._ownership.release()
             return
         self._announce()
         self.engine.train()
-        self.interval = _Interval.starting_now(self.engine.device)
+        self.stalls.start()
+        self._start_interval()
         done = self.first_step
         try:
             if training.on_non_finite == "roll_back" and not self.checkpoints.are_there():
@@ -165,8 +182,10 @@ class Trainer:
             self.checkpoints.settle_at_the_end()
             raise
         finally:
+            self.stalls.stop()
             self.loader.close()
             self.run_log.close()
+            self._ownership.release()
 
     def _finish(self) -> None:
         """Leave the trained model, a sample and the mark of a run that has come to its end. Collective: every rank."""
@@ -191,7 +210,8 @@ class Trainer:
             return False
         asked = torch.tensor(float(self._should_stop()), device=self.engine.device)
         if dist.get_world_size() > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            with communication():
+                dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
 
     def _train_step(self, step: int) -> None:
@@ -205,7 +225,8 @@ class Trainer:
         num_left_out = self.engine.skipped_steps
         losses = torch.zeros(2, device=self.engine.device)
         for micro_step in range(self.config.training.gradient_accumulation_steps):
-            batch = self.loader.batch(step, micro_step)
+            with self.stalls.stall("data"):
+                batch = self.loader.batch(step, micro_step)
             loss = self.engine(**batch).loss
             self.engine.backward(loss)
             self.engine.step()  # updates the weights after the last micro-batch
@@ -227,7 +248,7 @@ class Trainer:
         done = self.engine.global_steps
         self.run_log.rewind(done)
         self.engine.take_traffic()  # of steps that are done again
-        self.interval = _Interval.starting_now(self.engine.device)
+        self._start_interval()
         if dist.get_rank() == 0:
             logger.warning(
                 "%s Going back to %s, roll-back %d of %d.", error, path, len(self._rolled_back), MAX_ROLL_BACKS
@@ -247,13 +268,21 @@ class Trainer:
         """Log the steps since the last log. Evaluation comes after the clock is read, and belongs to no interval."""
         loads = self.interval.loads
         metrics = self._training_metrics(done) + self._routing_metrics("moe", loads)
-        metrics += pool_metrics(self.placements, self.engine.observables())
+        # Reading the values of controllers waits for the device.
+        metrics += pool_metrics(self.placements, self.engine.observables() if self._is_detailed else {})
+        metrics += rank_metrics(loads)
         metrics += traffic_metrics(self.engine.take_traffic(), self.interval.num_steps * self._tokens_per_step())
         if is_eval:
             metrics += self._evaluate()
         self.run_log.log(done, metrics)
         self.run_log.experts(done, loads.line(self.placements))
         self._warn_about(loads)
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        """From here on steps are counted for the next log line."""
+        self.stalls.take()
+        reset_peak_memory(self.engine.device)
         self.interval = _Interval.starting_now(self.engine.device)
 
     def _training_metrics(self, done: int) -> list[Metric]:
@@ -266,12 +295,20 @@ class Trainer:
             Metric(name="train/learning_rate", value=self._learning_rate(done - 1), reduction="last"),
             Metric(name="train/tokens_per_second", value=num_steps * tokens_per_step / elapsed_s, reduction="sum"),
             Metric(name="train/tokens_seen", value=done * tokens_per_step, reduction="sum"),
-            Metric(name="train/step_time_s", value=elapsed_s / num_steps, reduction="max"),
+            Metric(name="train/peak_memory_gib", value=peak_memory_gib(self.engine.device), reduction="max"),
+            *step_time_metrics(
+                elapsed_s, num_steps, self.stalls.take(), self.engine.device, per_rank=self._is_detailed
+            ),
         ]
         if self.config.training.on_non_finite != "stop":
             metrics.append(Metric(name="train/skipped_steps", value=self.engine.skipped_steps, reduction="last"))
         norm = self.engine.gradient_norm()
         return metrics if norm is None else [*metrics, Metric(name="train/gradient_norm", value=norm, reduction="last")]
+
+    @property
+    def _is_detailed(self) -> bool:
+        """Whether what costs a little is measured, too."""
+        return self.config.telemetry.detail == "detailed"
 
     def _tokens_per_step(self) -> int:
         """Training tokens of this rank per optimiser step."""

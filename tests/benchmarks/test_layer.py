@@ -17,7 +17,7 @@ from benchmarks.layer import candidates
 from benchmarks.layer.__main__ import training_step
 from benchmarks.layer.candidates import Cell, build, check_equal_outputs, dropped_share
 from benchmarks.layer.loads import measure_load, random_tokens, set_loads, wanted_shares
-from benchmarks.layer.report import ratio, write_report
+from benchmarks.layer.report import BOTH, ratio, target_lines, write_report
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -199,3 +199,25 @@ def test_ratios_are_to_the_dense_ffn() -> None:
 
     cell = {"candidates": {"dense FFN": row(2.0, 10), "other": row(3.0, 40)}}
     assert ratio(cell, "other", "forward") == 1.5 and ratio(cell, "other", "peak_bytes") == 4.0
+
+
+def test_targets_are_counted_and_what_is_missed_is_named() -> None:
+    def cell(label: str, **both: float) -> dict[str, Any]:
+        names = {"dense": "dense FFN", "top_k": "ours: top_k", "top_any": "ours: top_any", "padded": "top_any, padded"}
+        seconds = {names.get(name, name): least for name, least in both.items()}
+        rows = {name: {"seconds": {"forward": {"least": s}, BOTH: {"least": s}}} for name, s in seconds.items()}
+        return {"label": label, "candidates": rows}
+
+    near = cell("near", dense=1.0, top_k=1.04, top_any=1.05, padded=3.2, Mixtral=1.05)
+    far = cell("far", dense=1.0, top_k=1.2, top_any=1.3, padded=3.8, Mixtral=1.1)
+    page = list(target_lines([near, far]))
+    for what in ("forward", BOTH):
+        assert f"| at most 1.05 times the dense FFN | ours: top_k | {what} | 1 of 2 |" in page
+        assert f"| at most 1.05 times the dense FFN | ours: top_any | {what} | 1 of 2 |" in page
+        assert f"| at least 3 times as fast as top_any, padded | ours: top_any | {what} | 1 of 2 |" in page
+        assert f"| faster than a peer at equal k | ours: top_k | {what} | 1 of 2 |" in page
+        assert f"- far, {what}: ours: top_any 2.92 times as fast as top_any, padded" in page
+        assert f"- far, {what}: Mixtral 1.10, ours: top_k 1.20" in page
+    assert not any(line.startswith("- near") for line in page)
+    alone = "\n".join(target_lines([cell("near", dense=1.0, top_k=1.04, top_any=1.05)]))
+    assert "| at most 1.05" in alone and "padded" not in alone and "peer" not in alone and "Missed" not in alone

@@ -55,5 +55,7 @@ def test_a_row_has_type_default_and_what_the_files_set() -> None:
     found = rows()
     (tie,) = found["model.tie_embeddings"]
     assert tie == ["true or false", "`true`", "**llama_tiny**: `true`; llama_top_p: `false`"]
+    (shared,) = found["model.shared_ffn_hidden_size"]
+    assert shared[2] == "**llama_tiny**: `0`; llama_tiny_shared: `256`", "what begins with another file"
     (zero,) = found["parallel.zero_stage"]
     assert zero[0] == "a whole number" and zero[1] == "" and "**local**: " in zero[2]

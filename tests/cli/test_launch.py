@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dynmoe_ds.cli import launch, launcher, train
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.errors import DataError, DynMoEError
+from dynmoe_ds.launching import checks, hosts
 from dynmoe_ds.telemetry.run_folder import FINISHED_FILE, RunFolder
+from dynmoe_ds.telemetry.run_owner import RunOwnership
 from dynmoe_ds.telemetry.run_state import read_state
 
 SMOKE = ["experiment=smoke", "telemetry=disabled"]
@@ -34,6 +37,24 @@ def test_a_dry_run_prints_the_script_and_touches_nothing(capsys: pytest.CaptureF
         assert f"#SBATCH {line}\n" in said.out
     assert f"run={tmp_path}/runs/a\n" in said.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_stand_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "launch=slurm", "--dry-run", "launch.partition=gpu", *SMOKE, "run_dir=runs/a"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --job-name=a\n" in said and "#SBATCH --partition=gpu\n" in said
+    with pytest.raises(SystemExit) as caught:
+        main(["launch", "launch=slurm", "--dry-rn", *SMOKE])
+    assert caught.value.code == 2 and "unrecognized arguments: --dry-rn" in capsys.readouterr().err
+
+
+def test_fewer_gpus_than_ranks_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert main(["launch", "--dry-run", *SMOKE, "run_dir=runs/a", "launch.global_batch_size=7"]) == 2
+    said = capsys.readouterr().err
+    assert "parallel.num_ranks is 2 but there is 1 GPU here." in said and "a multiple of the 4 sequences" in said
 
 
 def test_a_dry_run_of_the_other_kinds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -72,7 +93,11 @@ def test_all_faults_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("launch.nodes=1,2", "The override 'launch.nodes=1,2' cannot be read. Write launch.KEY=VALUE with one value."),
+        (
+            "launch.nodes=1,2",
+            "The override 'launch.nodes=1,2' cannot be read. Write launch.KEY=VALUE with one value, and quotes around "
+            "text that holds '=', spaces or commas, as in launch.KEY='\"a=b\"'.",
+        ),
         ("launch=pbs", "There is no option launch=pbs."),
         ("launch.nodse=1", "There is no key 'launch.nodse'."),
         (
@@ -181,6 +206,44 @@ def test_what_is_no_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "-m", *SMOKE, "seed=1,2"]) == 2
     assert "Under a launcher leave out --multirun." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [[], ["launch=hosts_pdsh"], ["launch=hosts_torchrun", "launch.start=print"]], ids=str)
+def test_a_folder_that_a_run_writes_into_is_left_alone(
+    own: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr(checks, "find_missing_programs", lambda launch: [])
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    ownership = RunOwnership(tmp_path / "runs" / "a")
+    assert ownership.try_take()
+    try:
+        assert main(["launch", *own, *SMOKE, "run_dir=runs/a"]) == 2
+    finally:
+        ownership.release()
+    said = capsys.readouterr()
+    assert said.out == "" and f"run_dir '{tmp_path}/runs/a' is in use by process {os.getpid()} on " in said.err
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        (0, ""), (130, "interrupted"), (85, "dynmoe: stopped as asked, with a checkpoint. The same command goes on"),
+        (143, "dynmoe: ended by SIGTERM, without a new checkpoint. The same command goes on from the latest"),
+        (7, "dynmoe: the job has failed (exit code 7). What its ranks said first, above, may tell why."),
+    ],
+)  # fmt: skip
+def test_the_last_line_of_a_launch_on_hosts_says_how_it_ended(
+    code: int, last: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr(checks, "find_missing_programs", lambda launch: [])
+    monkeypatch.setattr(hosts, "start", lambda launch, runs: code)
+    assert main(["launch", "launch=hosts_torchrun", *SMOKE, "run_dir=runs/a"]) == code
+    said = capsys.readouterr()
+    assert said.out == f"dynmoe: starting 2 ranks; run folder {tmp_path}/runs/a; Ctrl-C stops\n"
+    assert said.err.startswith(last) and said.err.count("\n") == bool(last)
 
 
 def test_the_commands_of_hosts_are_printed_for_hands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

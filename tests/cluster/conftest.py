@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 
+from dynmoe_ds.telemetry import OF_THE_MACHINE
 from tests.cluster import two_hosts, virtual_slurm
 
 ROOT = Path(__file__).parents[2]
 # Experts are born, change ranks and are pruned, and every step is logged.
 RUN = (
-    "experiment=smoke", "parallel.process_group_timeout_s=20", "training.steps=60", "training.log_every_steps=1",
+    "experiment=smoke", "parallel.process_group_timeout_s=120", "training.steps=60", "training.log_every_steps=1",
     "training.eval_every_steps=20", "training.sample_tokens=0", "checkpoint.every_steps=10", "telemetry=disabled",
 )  # fmt: skip
-CLOCKS = ("time_s", "train/tokens_per_second", "train/step_time_s")
+# Limits of what takes a minute on a machine that is free: a busy one is no failure.
+PATIENCE_S = 900
+CLOCKS = OF_THE_MACHINE | {"time_s"}
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same run by `dynmoe train`, on this machine and left alone."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     command = dynmoe("train", *RUN, f"run_dir={folder}")
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.conftest import ROOT, RUN, dynmoe, environment, last_step, what_was_written
+from tests.cluster.conftest import PATIENCE_S, ROOT, RUN, dynmoe, environment, last_step, what_was_written
 from tests.cluster.virtual_slurm import VirtualSlurm
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * PATIENCE_S)]
 
 # The virtual nodes have no names that resolve, and gloo would look for one.
 NODES = ("launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.environment=['GLOO_SOCKET_IFNAME=lo']")
@@ -22,7 +22,7 @@ NODES = ("launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.env
 def launch(slurm: VirtualSlurm, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     own = {**environment(), **{k: slurm.environment[k] for k in ("SLURM_CONF", "PATH")}, **variables}
     return subprocess.run(
-        dynmoe("launch", *NODES, *overrides), cwd=ROOT, env=own, capture_output=True, text=True, timeout=120
+        dynmoe("launch", *NODES, *overrides), cwd=ROOT, env=own, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 
@@ -48,10 +48,10 @@ def test_a_preempted_job_goes_on_with_its_own_code_and_ends_like_a_run_left_alon
     job = job_number(launch(slurm, *RUN, f"run_dir={folder}", **paths))
     (code / "dynmoe_ds" / "__init__.py").write_text("raise SystemExit('edited after the submission')")
     log = folder / "launch" / f"job-{job}.log"
-    slurm.wait_for(lambda: last_step(folder) >= 3, 180)
+    slurm.wait_for(lambda: last_step(folder) >= 3, PATIENCE_S)
 
     slurm.call("scancel", "--signal=USR1", "--batch", job)
-    slurm.wait_for(lambda: slurm.job(job).get("Restarts") == "1", 120)
+    slurm.wait_for(lambda: slurm.job(job).get("Restarts") == "1", PATIENCE_S)
     stopped = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 3 <= stopped < 60 and not (folder / "finished.json").exists()
     assert slurm.wait_for_end(job) == "COMPLETED", log.read_text()[-4000:]
@@ -65,9 +65,9 @@ def test_a_preempted_job_goes_on_with_its_own_code_and_ends_like_a_run_left_alon
 def test_a_node_that_fails_before_the_first_checkpoint(slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = job_number(launch(slurm, *RUN, "checkpoint.every_steps=null", f"run_dir={folder}"))
-    slurm.wait_for(lambda: last_step(folder) >= 3, 180)
+    slurm.wait_for(lambda: last_step(folder) >= 3, PATIENCE_S)
     slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    slurm.wait_for(lambda: slurm.job(job).get("JobState") == "PENDING", 120)
+    slurm.wait_for(lambda: slurm.job(job).get("JobState") == "PENDING", PATIENCE_S)
     slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # or it has come back by itself
     assert slurm.wait_for_end(job) == "COMPLETED", (folder / "launch" / f"job-{job}.log").read_text()[-4000:]
     assert what_was_written(folder) == what_was_written(undisturbed)

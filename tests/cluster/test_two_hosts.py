@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, RUN, dynmoe, environment, last_step, what_was_written
+from tests.cluster.conftest import PATIENCE_S, ROOT, RUN, dynmoe, environment, last_step, what_was_written
 from tests.cluster.two_hosts import TwoHosts, why_not
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * PATIENCE_S)]
 
-TIMEOUT_S = 20  # parallel.process_group_timeout_s of RUN
+TIMEOUT_S = 20
 KINDS = ("hosts_torchrun", "hosts_pdsh", "hosts_openmpi")
 _PROGRAM = {"hosts_torchrun": "ssh", "hosts_pdsh": "pdsh", "hosts_openmpi": "mpirun"}
 
@@ -22,7 +22,7 @@ _PROGRAM = {"hosts_torchrun": "ssh", "hosts_pdsh": "pdsh", "hosts_openmpi": "mpi
 class Launch:
     """`dynmoe launch` on the first host, with what it says in a file."""
 
-    def __init__(self, hosts: TwoHosts, kind: str, folder: Path) -> None:
+    def __init__(self, hosts: TwoHosts, kind: str, folder: Path, *overrides: str) -> None:
         if reason := why_not(_PROGRAM[kind]):
             pytest.skip(reason)
         own = [
@@ -32,16 +32,20 @@ class Launch:
         ]  # fmt: skip
         if kind == "hosts_openmpi":
             own.append("launch.runner_options=['--allow-run-as-root','--mca','btl_tcp_if_include','eth0']")
-        self._log = folder.with_suffix(".log")
+        self._log = folder.with_suffix(f".{kind}.log")
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
-                hosts.words(0, *dynmoe("launch", *own, *RUN)), cwd=ROOT, env=environment(), stdout=log, stderr=log
+                hosts.words(0, *dynmoe("launch", *own, *RUN, *overrides)),
+                cwd=ROOT,
+                env=environment(),
+                stdout=log,
+                stderr=log,
             )
 
     def said(self) -> str:
         return self._log.read_text()
 
-    def code(self, timeout_s: float = 300) -> int:
+    def code(self, timeout_s: float = PATIENCE_S) -> int:
         """Its exit code, for which it waits."""
         return self.process.wait(timeout_s)
 
@@ -56,8 +60,8 @@ def launches() -> Iterator[list[Launch]]:
         one.process.wait()
 
 
-def start(launches: list[Launch], hosts: TwoHosts, kind: str, folder: Path) -> Launch:
-    launches.append(Launch(hosts, kind, folder))
+def start(launches: list[Launch], hosts: TwoHosts, kind: str, folder: Path, *overrides: str) -> Launch:
+    launches.append(Launch(hosts, kind, folder, *overrides))
     return launches[-1]
 
 
@@ -68,7 +72,7 @@ def test_experts_are_shared_by_two_hosts_and_a_signal_stops_both(
     folder = tmp_path / "run"
     before = [hosts.sent_bytes(number) for number in range(2)]
     first = start(launches, hosts, kind, folder)
-    hosts.wait_for(lambda: last_step(folder) >= 3 or first.process.poll() is not None, 240)
+    hosts.wait_for(lambda: last_step(folder) >= 3 or first.process.poll() is not None, PATIENCE_S)
     assert [bool(hosts.trainers(number)) for number in range(2)] == [True, True], first.said()[-4000:]
     first.process.send_signal(signal.SIGUSR1)
     assert first.code() == 85, first.said()[-4000:]
@@ -82,14 +86,41 @@ def test_experts_are_shared_by_two_hosts_and_a_signal_stops_both(
     assert all(hosts.sent_bytes(number) - before[number] > 1_000_000 for number in range(2)), "rows travel"
 
 
+def test_another_job_is_kept_out_of_the_folder_from_both_hosts_and_ctrl_c_ends_the_first(
+    hosts: TwoHosts, tmp_path: Path, launches: list[Launch]
+) -> None:
+    folder = tmp_path / "run"
+    first = start(launches, hosts, "hosts_torchrun", folder, "training.steps=100000")
+    hosts.wait_for(lambda: last_step(folder) >= 3 or first.process.poll() is not None, PATIENCE_S)
+    before = (folder / "launch" / "config.yaml").stat().st_mtime_ns
+    beside = start(launches, hosts, "hosts_pdsh", folder)
+    assert beside.code() == 2
+    assert f"dynmoe: run_dir '{folder}' is in use by process " in beside.said()
+    assert (folder / "launch" / "config.yaml").stat().st_mtime_ns == before
+    # Of another container, which sees signs of life only.
+    alone = dynmoe("train", *RUN, "parallel=single", f"run_dir={folder}")
+    done = subprocess.run(
+        hosts.words(1, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *alone),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Waiting for up to 60 s for a sign of life of it." in done.stderr
+    assert f"[rank 0] run_dir '{folder}' is in use by process " in done.stderr, done.stderr[-4000:]
+
+    step = last_step(folder)
+    hosts.wait_for(lambda: last_step(folder) > step or first.process.poll() is not None, PATIENCE_S)
+    first.process.send_signal(signal.SIGINT)
+    assert first.code(90) == 130 and first.said().splitlines()[-1] == "interrupted"
+    hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1))
+
+
 @pytest.mark.parametrize("kind", ("hosts_torchrun", "hosts_pdsh"))
 def test_a_host_that_is_cut_off_is_an_error_on_both_and_the_job_goes_on_later(
     kind: str, hosts: TwoHosts, undisturbed: Path, tmp_path: Path, launches: list[Launch]
 ) -> None:
     folder = tmp_path / "run"
-    first = start(launches, hosts, kind, folder)
+    first = start(launches, hosts, kind, folder, f"parallel.process_group_timeout_s={TIMEOUT_S}")
     try:
-        hosts.wait_for(lambda: last_step(folder) >= 12 or first.process.poll() is not None, 240)
+        hosts.wait_for(lambda: last_step(folder) >= 12 or first.process.poll() is not None, PATIENCE_S)
         hosts.cut()
         # The ranks after the timeout; then what started them, ssh after 15 s without an answer among it.
         hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1), TIMEOUT_S + 60)

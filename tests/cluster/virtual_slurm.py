@@ -121,7 +121,7 @@ class VirtualSlurm:
         said = self.call("scontrol", "-o", "show", "job", number, check=False).splitlines()
         return dict(re.findall(r"(\S+?)=(\S*)", said[0])) if said else {}
 
-    def wait_for_end(self, number: str, timeout_s: float = 180) -> str:
+    def wait_for_end(self, number: str, timeout_s: float = 900) -> str:
         """Wait until a job has ended for good; its state."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait_for(lambda: self.job(number).get("JobState") in ends, timeout_s)

@@ -122,6 +122,7 @@ def test_the_experiments_say_what_they_should() -> None:
     assert smoke.adaptation.every_steps * 2 <= smoke.training.steps, "adaptation is part of what a smoke test tries"
     assert (smoke.adaptation.rebalance_above, smoke.adaptation.rebalance_cost) == (1.0, 0.0)
     assert demo.adaptation.rebalance_above is None
+    assert (demo.telemetry.detail, smoke.telemetry.detail) == ("brief", "detailed")
 
 
 def test_rebalancing_goes_with_routers_without_growth_and_with_every_rule() -> None:
@@ -176,6 +177,7 @@ def test_values_keep_their_types_and_may_refer_to_others() -> None:
             "adaptation.noise is set, but adaptation=none switches that section off. Leave adaptation.noise out, or "
             "use adaptation=paper or rebalanced or recommended or split_all or split_loaded or split_strained.",
         ),
+        (["telemetry.detail=all"], "telemetry.detail is 'all'. Use brief or detailed."),
         (["seed=${nothing.there}"], "The configuration cannot be resolved: Interpolation key 'nothing.there' not"),
         (["seed=???"], "The configuration cannot be resolved: Missing mandatory value: seed"),
     ],

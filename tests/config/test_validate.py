@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,13 @@ def test_each_fault_of_indexed_data(sound: RunConfig, changes: dict[str, Any], m
     assert faults[0].startswith(message), faults[0]
 
 
-def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path: Path) -> None:
+def test_a_run_folder_must_be_empty_where_it_is_made(
+    sound: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = changed(sound, run_dir=str(tmp_path))
     assert find_faults(config) == []
+    (tmp_path / "owner.json").write_text("")
+    assert find_faults(config) == [], "of a run that was killed before it wrote anything"
     (tmp_path / "metrics.jsonl").write_text("")
     assert find_faults(config) == [
         f"run_dir '{tmp_path}' exists and is not empty. Choose another `run_dir`, or move that folder away."
@@ -272,6 +277,15 @@ def test_a_run_folder_must_be_empty_where_it_is_made(sound: RunConfig, tmp_path:
     as_file = changed(sound, run_dir=str(tmp_path / "metrics.jsonl"))
     assert find_faults(as_file) == [
         f"run_dir '{as_file.run_dir}' exists and is not a folder. Choose another `run_dir`."
+    ]
+    below = changed(sound, run_dir=f"{as_file.run_dir}/a/b")
+    assert find_faults(below) == [
+        f"run_dir '{below.run_dir}' cannot be made: {as_file.run_dir} is not a folder. Choose another `run_dir`."
+    ]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    closed = changed(sound, run_dir=f"{tmp_path}/a/b")
+    assert find_faults(closed) == [
+        f"run_dir '{closed.run_dir}' cannot be made: {tmp_path} may not be written. Choose another `run_dir`."
     ]
 
 

@@ -181,11 +181,12 @@ class CountedBytes:
 
 
 WIDTH = 256
+BYTE_CASES = ((1, torch.float32), (2, torch.float32), (6, torch.float32), (2, torch.bfloat16))
 
 
 def _bytes_on_the_wire(rank: int, world_size: int) -> list[dict[str, Any]]:
     found = []
-    for k in (1, 2, 6):
+    for k, dtype in BYTE_CASES:
         for dispatch in WAYS:
             layer = dm.MoELayer(
                 hidden_size=WIDTH,
@@ -196,9 +197,10 @@ def _bytes_on_the_wire(rank: int, world_size: int) -> list[dict[str, Any]]:
                 router=dm.TopKConfig(k=k),
                 seed=0,
                 dispatch=dispatch,
-            )
+            ).to(dtype)
             layer.name = "the layer"
-            x = torch.randn(200 + 30 * rank, WIDTH, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+            drawn = torch.randn(200 + 30 * rank, WIDTH, generator=torch.Generator().manual_seed(rank))
+            x = drawn.to(dtype).requires_grad_()
             masks: list[Tensor] = []
             layer.router.register_forward_hook(lambda _, args, routing, masks=masks: masks.append(routing.mask))
             layer(x[:3])  # makes the groups
@@ -227,8 +229,8 @@ def _bytes_on_the_wire(rank: int, world_size: int) -> list[dict[str, Any]]:
 def test_bytes_on_the_wire_are_the_fewest_that_the_masks_allow():
     """Every token once to every other rank, or node, with an expert that it chose; back; and both ways again."""
     ranks = run_ranks(_bytes_on_the_wire, 4)
-    cases = [(k, dispatch) for k in (1, 2, 6) for dispatch in WAYS]
-    for i, (_, dispatch) in enumerate(cases):
+    cases = [(k, dtype, dispatch) for k, dtype in BYTE_CASES for dispatch in WAYS]
+    for i, (_, dtype, dispatch) in enumerate(cases):
         found = [of_rank[i] for of_rank in ranks]
         least = between_nodes = within_nodes = 0
         for home, of_rank in enumerate(found):
@@ -241,15 +243,15 @@ def test_bytes_on_the_wire_are_the_fewest_that_the_masks_allow():
                     # In each node from the rank at home's own position to those with the experts.
                     within_nodes += sum(2 * (rank // 2) + home % 2 != rank for rank in wanted)
         num_rows = between_nodes + within_nodes if dispatch.ranks_per_node else least
-        row_bytes = WIDTH * 4
+        row_bytes = WIDTH * dtype.itemsize
         assert sum(of_rank["forward"] for of_rank in found) == 2 * num_rows * row_bytes, cases[i]
         assert sum(of_rank["rows"] for of_rank in found) == 4 * num_rows * row_bytes, cases[i]
         # The counter in the ledger says what torch.distributed was given, and the least comes from the masks alone.
         for of_rank in found:
             assert of_rank["sent"] == (of_rank["rows"], of_rank["rest"])
         assert sum(of_rank["least"] for of_rank in found) == 4 * least * row_bytes
+        assert sum(of_rank["rest"] for of_rank in found) < 0.05 * sum(of_rank["rows"] for of_rank in found), cases[i]
         if dispatch == FLAT:
-            assert sum(of_rank["rest"] for of_rank in found) < 0.05 * sum(of_rank["rows"] for of_rank in found)
             # Counts; rows, slots and weights; rows back; and rows, rows and weights in the backward pass. However many
             # experts there are, also for one token.
             assert {of_rank["calls"] for of_rank in found} == {(8, 5)}

@@ -22,7 +22,7 @@ from transformers import (
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError, DivergenceError
-from dynmoe_ds.moe.padding import PaddingMask
+from dynmoe_ds.moe import watch_padding
 from tests.helpers.models import deepspeed_config
 from tests.helpers.reference import assert_near
 from tests.helpers.spawn import run_ranks
@@ -108,10 +108,7 @@ def test_the_imported_model_gives_the_logits_of_the_original(name: str, num_slot
         real = mask.bool()
         want = original(ids, attention_mask=mask).logits[real]
         assert_near(model(ids, attention_mask=mask).logits[real], want, what="with padding")
-        padding = PaddingMask()  # as an engine does
-        padding.watch(model)
-        for layer in layers:
-            layer.padding = padding
+        watch_padding(model)
         assert_near(model(ids, attention_mask=mask).logits[real], want, what="with padding that is not routed")
 
 

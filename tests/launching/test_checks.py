@@ -87,7 +87,7 @@ def test_hosts(tmp_path: Path) -> None:
     assert fault.startswith("A sweep is launched on hosts, which would run at the same time. Use launch=slurm")
 
 
-def test_kubernetes() -> None:
+def test_kubernetes(tmp_path: Path) -> None:
     assert faults_of("kubernetes", run_dir="/home/me/My_Run", claim="shared") == [
         "The run folder's name 'My_Run' cannot be a job's in Kubernetes. Set launch.job_name to small letters, digits "
         "and '-'.",
@@ -98,6 +98,14 @@ def test_kubernetes() -> None:
     assert fault.startswith("A sweep is launched on Kubernetes, which gets one job at a time.")
     elsewhere = ("data=text_file", "data.path=/workspace/book.txt")
     assert faults_of("kubernetes", elsewhere, run_dir="/workspace/first", claim="a") == [], "pods see it, we do not"
+    (tmp_path / "book.txt").write_text("")
+    here = ("data=text_file", f"data.path={tmp_path}/book.txt")
+    assert faults_of("kubernetes", here, run_dir="/workspace/first", claim="a") == [
+        f"data.path is '{tmp_path}/book.txt', which is on this machine. Pods see launch.volume_path (/workspace) and "
+        "what is in the image: copy it to the volume, and use data.path=/workspace/NAME."
+    ]
+    (tmp_path / "book.txt").unlink()
+    assert faults_of("kubernetes", here, run_dir="/workspace/first", claim="a") == [], "it may be in the image"
 
 
 def test_runs_at_the_same_time_are_of_a_sweep() -> None:
@@ -110,7 +118,7 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}")
     needed = {
         "slurm": ["sbatch", "scontrol"], "kubernetes": ["kubectl"], "hosts_pdsh": ["pdsh", "ssh"],
-        "hosts_openmpi": ["mpirun"], "hosts_torchrun": ["ssh"], "local": [],
+        "hosts_openmpi": ["mpirun", "ssh"], "hosts_torchrun": ["ssh"], "local": [],
     }  # fmt: skip
     for name, programs in needed.items():
         launch = launch_of(name, **({"claim": "a"} if name == "kubernetes" else {}))

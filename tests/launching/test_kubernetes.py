@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -20,12 +21,20 @@ from dynmoe_ds.launching.kubernetes import render, submit
 from tests.launching.helpers import launch_of, runs_of
 
 SCHEMAS = yaml.safe_load((Path(__file__).parent / "schemas.yaml").read_text())
+KUBERNETES = "1.30"
 GPUS = ("parallel.num_ranks=8", "parallel.ep_size=4", "model.num_slots=4")
 
 
 def validate(manifest: Mapping[str, Any]) -> None:
-    jsonschema.Draft202012Validator.check_schema(SCHEMAS)
+    """Against the schemas that Kubernetes publishes, in which unknown fields are faults, and ours of the operators."""
+    if manifest["kind"] == "ConfigMap":
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        return
     jsonschema.validate(manifest, {**SCHEMAS, "$ref": f"#/$defs/{manifest['kind']}"})
+    (replicas,) = (value for key, value in manifest["spec"].items() if key.endswith("ReplicaSpecs"))
+    for one in replicas.values():
+        pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": one["template"]}
+        kubernetes_validate.validate(pods, KUBERNETES, strict=True)
 
 
 def manifests(name: str, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,11 +56,13 @@ def test_the_schemas_are_met(name: str, values: dict[str, Any]) -> None:
 
 
 def test_the_schemas_refuse_what_is_wrong() -> None:
-    _, job = manifests("kubernetes")
+    config_map, job = manifests("kubernetes")
+    pod = ("spec", "pytorchReplicaSpecs", "Master", "template", "spec")
     for path, value in (
         (("kind",), "MPIJob"), (("spec", "pytorchReplicaSpecs", "Master", "restartPolicy"), "Sometimes"),
         (("spec", "replicas"), 2), (("metadata", "name"), "My_Job"),
-        (("spec", "pytorchReplicaSpecs", "Master", "template", "spec", "containers", 0, "env", 0, "value"), 1),
+        ((*pod, "containers", 0, "env", 0, "value"), 1), ((*pod, "containers", 0, "comand"), ["true"]),
+        ((*pod, "volumes", 1, "persistentVolumeClaim"), {}),
     ):  # fmt: skip
         wrong = copy.deepcopy(job)
         place = wrong
@@ -60,6 +71,8 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
         place[path[-1]] = value
         with pytest.raises(jsonschema.ValidationError):
             validate(wrong)
+    with pytest.raises(jsonschema.ValidationError):
+        validate({**config_map, "data": {"config.yaml": 1}})
 
 
 def pod_of(replicas: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForCond
 import dynmoe_ds as dm
 from dynmoe_ds.data.chat import IGNORED
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.models import PACKABLE, check_packing, dense_model, see_images_in_vain
-from dynmoe_ds.moe import PaddingMask
+from dynmoe_ds.models import PACKABLE, check_packing, dense_model, take_conversations
+from dynmoe_ds.moe import watch_padding
 
 IMAGE = 3
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float64 but for the softmax and norms of some decoders
@@ -51,7 +51,7 @@ def llava(decoder: str, attention: str = "sdpa", **options: Any) -> LlavaForCond
     )
     model = dense_model(LlavaForConditionalGeneration, backbone, seed=0)
     model.model.language_model.config._attn_implementation = attention
-    see_images_in_vain(model)
+    take_conversations(model)
     return model.double().train()
 
 
@@ -152,11 +152,7 @@ def test_padding_of_packed_rows_is_routed_nowhere() -> None:
         router=dm.TopKConfig(k=1, renormalize=False),
     )  # fmt: skip
     model.double()
-    padding = PaddingMask()
-    padding.watch(model)
-    for module in model.modules():
-        if isinstance(module, dm.MoELayer):
-            module.padding = padding
+    watch_padding(model)
     with dm.StepLedger() as ledger:
         model(**packed())
     assert [int(records.num_tokens) for records in ledger.records().values()] == [28, 28] == [sum(map(sum, ROWS))] * 2

@@ -225,11 +225,7 @@ def test_padding_reaches_the_layers_of_an_encoder():
     """With the engine's padding mask, real tokens get what the dense model gives them, and padding is not routed."""
     dense = make("bert")
     model = dm.upcycle(deepcopy(dense), layers="all", router=AVERAGING, seed=0)
-    padding = dm.moe.PaddingMask()
-    padding.watch(model)
-    for module in model.modules():
-        if isinstance(module, dm.MoELayer):
-            module.padding = padding
+    dm.moe.watch_padding(model)
     mask = torch.ones(B, L, dtype=torch.long)
     mask[0, 3:] = 0
     batch = {**inputs(dense), "attention_mask": mask}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynmoe_ds.errors import ConfigError, DivergenceError
-from dynmoe_ds.telemetry.metrics import METRICS, Metric, meaning_of, reduce_over_ranks
+from dynmoe_ds.telemetry.metrics import METRICS, OF_THE_MACHINE, Metric, meaning_of, reduce_over_ranks, tier_of
 from tests.helpers.spawn import run_ranks
 
 
@@ -19,11 +19,30 @@ def metric(name: str, value: float, reduction: Any = "mean") -> Metric:
 
 
 def test_every_listed_name_has_a_meaning_and_a_group() -> None:
-    for name, meaning in METRICS.items():
+    for name, listed in METRICS.items():
         assert name.partition("/")[0] in ("train", "eval", "moe")
-        assert meaning.endswith(".") and "\n" not in meaning
-        real = name.replace("<layer>", "model.layers.3.mlp").replace("<kind>", "odd").replace("<value>", "p")
-        assert meaning_of(real) == meaning
+        assert listed.meaning.endswith(".") and "\n" not in listed.meaning
+        places = {"<layer>": "model.layers.3.mlp", "<kind>": "odd", "<rank>": "12", "<value>": "p"}
+        real = name
+        for place, word in places.items():
+            real = real.replace(place, word)
+        assert (meaning_of(real), tier_of(real)) == (listed.meaning, listed.tier)
+
+
+def test_what_people_watch_is_brief_and_what_grows_with_the_model_is_not() -> None:
+    brief = {name for name, listed in METRICS.items() if listed.tier == "brief"}
+    watched = (
+        "train/loss",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "eval/loss",
+        "moe/mean_k",
+        "moe/rank_imbalance",
+    )
+    assert {*watched, *OF_THE_MACHINE} <= brief
+    per_something = {name for name in brief if "<" in name}
+    assert per_something == {"moe/live_experts/<layer>", "eval/exact_match/<kind>"}
+    assert tier_of("moe/mean_k/a") == tier_of("moe/controller/p/a") == tier_of("train/compute_time_s/3") == "detailed"
 
 
 def test_a_metric_cannot_be_changed() -> None:
@@ -36,6 +55,7 @@ def test_a_metric_cannot_be_changed() -> None:
     [
         *("loss", "train/losses", "moe/mean_k/", "train/loss/model.layers.1", "moe/live_experts", "moe/mean_k/<layer>"),
         *("", "moe/mean_k_per_kind", "moe/mean_k_per_kind/", "moe/mean_k_per_kind/odd/", "moe/controller/p"),
+        *("train/compute_time_s/", "train/compute_time_s/one", "train/compute_time_s/<rank>"),
         *("moe/mean_k_per_kind/<kind>/a", "moe/controller/<value>/a", "moeXmean_k", "moe/load_entropy/\n"),
     ],
 )
@@ -132,7 +152,8 @@ def test_two_ranks_agree_on_every_value_and_on_every_error() -> None:
     assert results[0]["of_group"] == [metric("train/loss", 4.0)]
 
 
-def test_the_docs_have_every_metric_with_its_meaning() -> None:
+def test_the_docs_have_every_metric_with_its_tier_and_meaning() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| `\w+/", line)]
-    assert [(name.strip("`"), meaning) for name, meaning in rows] == list(METRICS.items())
+    listed = [(name, one.tier, one.meaning) for name, one in METRICS.items()]
+    assert [(name.strip("`"), tier, meaning) for name, tier, meaning in rows] == listed

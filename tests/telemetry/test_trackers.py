@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.telemetry.metrics import Metric
+from dynmoe_ds.telemetry import trackers
+from dynmoe_ds.telemetry.metrics import Metric, Tier
 from dynmoe_ds.telemetry.run_folder import RunFolder, read_adaptation, read_metrics
 from dynmoe_ds.telemetry.tensorboard import TensorBoardTracker
 from dynmoe_ds.telemetry.trackers import (
@@ -80,11 +82,11 @@ def test_one_line_per_log_call_where_the_stream_is_no_terminal() -> None:
     tracker = ConsoleTracker(300, stream, clock)
     tracker.log(100, metrics(train__loss=4.0))
     clock.now += 4.6  # 0.23 s per step and 180 steps left: 41.4 s
-    tracker.log(120, FULL)
+    tracker.log(120, [*FULL, *metrics(train__step_time_s=0.2, train__compute_time_s=0.17)])
     tracker.close()
     assert stream.getvalue() == (
         "step  100/300  loss 4.000\n"
-        "step  120/300  loss 3.412  held-out 3.391  k 2.13  experts 6 5  12.3k tok/s  eta 0:41\n"
+        "step  120/300  loss 3.412  held-out 3.391  k 2.13  experts 6 5  12.3k tok/s  compute 85%  eta 0:41\n"
     )
 
 
@@ -368,9 +370,59 @@ def test_rank_0_has_every_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         total_steps=1,
         wandb_mode="offline",
         wandb_project="p",
+        detail="detailed",
         stream=io.StringIO(),
     )
     assert [type(tracker) for tracker in trackers] == [JsonLinesTracker, ConsoleTracker, WandbTracker]
+
+
+class Kept:
+    """A tracker that keeps what it gets."""
+
+    def __init__(self, *_: Any) -> None:
+        self.names: list[list[str]] = []
+        self.events: list[Any] = []
+        self.is_closed = False
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        self.names.append([metric.name for metric in metrics])
+
+    def log_event(self, event: Any) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("detail", "logged"),
+    [
+        ("brief", [["train/loss", "moe/live_experts/a"]]),
+        ("detailed", [["train/loss", "moe/live_experts/a", "moe/mean_k/a"], ["moe/mean_k/a"]]),
+    ],
+)
+def test_charts_are_of_one_tier_and_the_run_folder_has_everything(
+    detail: Tier, logged: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charts = {"wandb": Kept(), "tensorboard": Kept()}
+    monkeypatch.setattr(trackers, "WandbTracker", lambda *_: charts["wandb"])
+    monkeypatch.setattr(trackers, "TensorBoardTracker", lambda *_: charts["tensorboard"])
+    folder = RunFolder(tmp_path)
+    found = build_trackers(
+        rank=0, folder=folder, config={}, total_steps=2, wandb_mode="offline", wandb_project="p", tensorboard=True,
+        detail=detail, stream=io.StringIO(),
+    )  # fmt: skip
+    of_layers = [Metric(name=f"moe/{name}/a", value=2.0, reduction="last") for name in ("live_experts", "mean_k")]
+    for tracker in found:
+        tracker.log(1, [*metrics(train__loss=1.0), *of_layers])
+        tracker.log(2, of_layers[1:])
+        tracker.log_event(event())
+        tracker.close()
+    for chart in charts.values():
+        assert chart.names == logged
+        assert chart.events == [event()] and chart.is_closed
+    first, second = read_metrics(tmp_path)
+    assert {"train/loss", "moe/live_experts/a", "moe/mean_k/a"} <= set(first) and "moe/mean_k/a" in second
 
 
 def test_slow_packages_are_imported_only_when_used() -> None:

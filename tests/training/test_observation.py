@@ -20,7 +20,7 @@ from dynmoe_ds.routing import BudgetConfig, RoutingRecords, TopAnyConfig
 from dynmoe_ds.telemetry import read_metrics
 from dynmoe_ds.training import Trainer, trainer
 from dynmoe_ds.training.expert_loads import ExpertLoads
-from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics
+from dynmoe_ds.training.observation import cost_metrics, kind_metrics, pool_metrics, rank_metrics
 from dynmoe_ds.training.tasks import LanguageModeling
 
 KINDS = ("even", "odd")
@@ -55,7 +55,7 @@ def _config(run_dir: Path, **values: Any) -> RunConfig:
         training__eval_every_steps=3,
         training__eval_sequences=EVAL_SEQUENCES,
         training__sample_tokens=0,
-        **values,
+        **{"telemetry__detail": "detailed", **values},
     )
 
 
@@ -128,14 +128,19 @@ def test_another_layout_says_the_same(one_rank, tmp_path):
     """Two ranks, one sequence each at a time: repeats fall on other ranks and in other batches."""
     parallel = {"parallel__num_ranks": 2, "parallel__ep_size": 2, "parallel__activation_checkpointing": "torch"}
     batches = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 2}
-    run_ranks(_train, 2, _config(tmp_path / "run", **parallel, **batches))
+    config = _config(tmp_path / "run", **parallel, **batches, telemetry__detail="brief")
+    run_ranks(_train, 2, config)
     for expected, line in zip(read_metrics(one_rank[0]), read_metrics(tmp_path / "run"), strict=True):
         kinds = ("sent_row_bytes", "least_row_bytes", "sent_metadata_bytes")
         sent, least, _ = between_ranks = [f"moe/{kind}_per_token" for kind in kinds]
-        assert expected.keys() | set(between_ranks) == line.keys() and not expected.keys() & set(between_ranks)
+        between_ranks += ["moe/rank_imbalance", f"moe/rank_imbalance/{LAYER}"]
+        measured_on_demand = {name for name in expected if "/controller/" in name or name == "train/compute_time_s/0"}
+        assert len(measured_on_demand) > 1
+        assert expected.keys() - measured_on_demand | set(between_ranks) == line.keys()
+        assert not expected.keys() & set(between_ranks)
         assert line[sent] == pytest.approx(line[least]) and line[least] > 0
         for name, value in expected.items():
-            if name.partition("/")[0] in ("moe", "eval"):
+            if name.partition("/")[0] in ("moe", "eval") and name not in measured_on_demand:
                 assert line[name] == pytest.approx(value, rel=1e-4), name
 
 
@@ -195,6 +200,22 @@ def test_cost_follows_the_measured_mean_k_and_the_live_experts():
     training = {f"moe/{k}": v for k, v in expected.items()} | {"moe/training_flops_per_token": 3 * 87}
     assert _values(cost_metrics("moe", _loads([8.0, 0.0]), *costs)) == training
     assert cost_metrics("moe", ExpertLoads(), *costs) == []
+
+
+def test_imbalance_is_that_of_the_busiest_rank_of_every_layer():
+    """Layer `a`: 6 and 2 rows on two ranks before an expert moves, 3 and 5 after; layer `b`: 9 and 3."""
+    loads = ExpertLoads()
+    before = {name: Placement(expert_ids=(0, 1, 2, None), next_id=3, ep_size=2) for name in ("a", "b")}
+    after = {name: Placement(expert_ids=(0, None, 2, 1), next_id=3, ep_size=2) for name in ("a", "b")}
+    for placements, counts in ((before, {"a": [1, 5, 2, 0], "b": [8, 1, 3, 0]}), (after, {"a": [3, 0, 1, 4]})):
+        zero = RoutingRecords.zeros(4, 2, {}, torch.device("cpu"))
+        loads.add({name: replace(zero, tokens_per_slot=torch.tensor(of)) for name, of in counts.items()}, placements)
+    assert _values(rank_metrics(loads)) == {
+        "moe/rank_imbalance/a": 9 / 8,
+        "moe/rank_imbalance/b": 9 / 6,
+        "moe/rank_imbalance": (9 + 9) / (8 + 6),
+    }
+    assert rank_metrics(ExpertLoads()) == [] == rank_metrics(_loads([8.0, 0.0])), "one rank has all experts"
 
 
 def test_pools_and_controllers():

@@ -18,12 +18,13 @@ from tests.helpers.spawn import RankFailed, run_ranks
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import DynMoEError
+from dynmoe_ds.telemetry import OF_THE_MACHINE
 from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training import run_checkpoints
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
 
-CLOCKS = ("time_s", "train/tokens_per_second", "train/step_time_s")
+CLOCKS = OF_THE_MACHINE | {"time_s"}
 
 
 def config(folder: Path | str, asynchronous: bool = False, **values: Any) -> RunConfig:

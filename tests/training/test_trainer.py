@@ -56,6 +56,15 @@ def test_the_run_folder_tells_the_run(one_rank):
     assert (one_rank / "sample.txt").read_text().startswith("The ")
 
 
+def test_one_rank_neither_communicates_nor_waits(one_rank):
+    for line in read_metrics(one_rank):
+        parts = {part: line[f"train/{part}_time_s"] for part in ("compute", "communication", "wait", "data")}
+        assert parts["communication"] == parts["wait"] == 0 < min(parts["compute"], parts["data"])
+        assert sum(parts.values()) == pytest.approx(line["train/step_time_s"], rel=1e-12)
+        assert line["train/peak_memory_gib"] > 0
+        assert not any("rank_imbalance" in name or name == "train/compute_time_s/0" for name in line)
+
+
 def test_the_saved_tokenizer_is_a_hugging_face_one(one_rank):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(one_rank / "tokenizer")
     assert tokenizer.decode(tokenizer("def f(x): ...")["input_ids"]) == "def f(x): ..."
