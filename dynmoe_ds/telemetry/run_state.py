@@ -92,8 +92,7 @@ def read_state(run_dir: str | Path, progress: Progress | None = None) -> RunStat
 
 def _of_its_lines(path: Path, progress: Progress) -> RunState:
     """Running, if a line came not long ago."""
-    newest = max(file.stat().st_mtime for name in LINE_FILES if (file := path / name).exists())
-    silent_s = time.time() - newest
+    silent_s = time.time() - _last_line_s(path)
     if silent_s > max(MIN_SILENCE_S, _PATIENCE * progress.longest_wait_s):
         waited = f", where it was {spoken_time(progress.longest_wait_s)} at most before" if progress.step else ""
         return RunState(
@@ -145,11 +144,20 @@ def forget_stop(run_dir: str | Path) -> None:
 
 
 def _read_stop(path: Path) -> tuple[int, str] | None:
+    """None also for word of one that was refused while this run went on, which its later lines show."""
+    file = path / STOPPED_FILE
     try:
-        noted = json.loads((path / STOPPED_FILE).read_text(encoding="utf-8"))
+        if file.stat().st_mtime < _last_line_s(path):
+            return None
+        noted = json.loads(file.read_text(encoding="utf-8"))
         return int(noted["code"]), str(noted["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _last_line_s(path: Path) -> float:
+    """When a line was written last, by the clock of the disk; 0 for never."""
+    return max((file.stat().st_mtime for name in LINE_FILES if (file := path / name).exists()), default=0.0)
 
 
 def _planned_steps(path: Path) -> int | None:

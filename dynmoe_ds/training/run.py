@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.errors import EXIT_PREEMPTED, ConfigError, DynMoEError
+from dynmoe_ds.errors import EXIT_PREEMPTED, ConfigError, DynMoEError, LaunchError
 from dynmoe_ds.telemetry.run_state import forget_stop, note_stop
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
@@ -38,7 +38,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] | None = None) -> N
             note_stop(config.run_dir, EXIT_PREEMPTED, f"{stopped}")
             logger.info("%s %s", stopped, _how_to_go_on(config))
         raise SystemExit(EXIT_PREEMPTED) from stopped
-    except ConfigError:
+    except (ConfigError, LaunchError):
         raise  # refused: the folder may be of another run
     except KeyboardInterrupt:
         note_stop(config.run_dir, 130, "It was interrupted.")

@@ -79,6 +79,9 @@ def test_an_end_is_told(tmp_path: Path) -> None:
         note_stop(run, code, "As asked.")
         assert read_state(run) == RunState(word="stopped", told="Stopped at step 10 of 20. As asked.")
         forget_stop(run)
+    note_stop(run, 2, "Another one was refused.")
+    os.utime(run / STOPPED_FILE, (time.time() - 60,) * 2)
+    assert read_state(run).word == "running", "lines came after it"
     (run / STOPPED_FILE).write_text('{"code": ')  # cut off
     assert read_state(run).word == "running"
     (run / FINISHED_FILE).write_text(json.dumps({"steps": 20}))

@@ -26,7 +26,9 @@ from dynmoe_ds.telemetry.trackers import (
     WandbTracker,
     build_trackers,
     clock_time,
+    short_list,
     short_number,
+    spoken_time,
 )
 from tests.telemetry.events_for_tests import LAYER, event
 
@@ -439,6 +441,18 @@ def test_short_numbers(value: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (41, "0:41"), (3661, "1:01:01")])
 def test_clock_times(seconds: float, text: str) -> None:
     assert clock_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (41, "41 s"), (3661, "1 h 1 min"), (360000, "100 h 0 min")]
+)
+def test_spoken_times(seconds: float, text: str) -> None:
+    assert spoken_time(seconds) == text
+
+
+def test_short_lists() -> None:
+    assert short_list([], "layers") == "" and short_list([7, 6, 9, 6], "layers") == "7, 6, 9, 6"
+    assert short_list([7, 6, 9, 4, 6], "layers") == "4 to 9 in 5 layers"
 
 
 def test_a_terminal_that_was_closed_does_not_end_the_training() -> None:
