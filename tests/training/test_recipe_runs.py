@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.helpers.recipe_parts import DECODERS, NUM_LAYERS, recipe_overrides, write_recipe_parts
 from tests.helpers.spawn import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 import dynmoe_ds as dm
@@ -105,8 +105,8 @@ def runs(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return folder, run_ranks(train_stages, 2, commands, timeout_s=500)
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {name: weight.detach().bfloat16() for name, weight in dm.load_model(folder).named_parameters()}
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
 
 
 def pretrained(parts: Path, name: str) -> dict[str, Tensor]:
@@ -142,9 +142,9 @@ def test_each_stage_moves_what_it_trains_and_nothing_else(name: str, runs: Runs,
     }
     before = pretrained(parts, name)
     for number, stage in enumerate(STAGES, 1):
-        folder = runs[0] / name / f"{number}_{stage}" / "model"
-        after = weights(folder)
-        assert set(moe_layers(dm.load_model(folder))) == (set(layers) if stage == "experts" else set())
+        model = dm.load_model(runs[0] / name / f"{number}_{stage}" / "model")
+        after = weights(model)
+        assert set(moe_layers(model)) == (set(layers) if stage == "experts" else set())
         for key, weight in after.items():
             if key not in before:
                 assert key.startswith(trained[stage]) and stage != "language", f"{key} is new in stage {stage}"
