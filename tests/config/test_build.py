@@ -169,7 +169,10 @@ def test_missing_keys_and_sections_are_named() -> None:
     del plain["data"]["name"], plain["model"]
     faults = faults_of(plain)
     assert "optim.lr is missing. Give it a number." in faults
-    assert "telemetry is missing. Give it a section with the keys wandb_mode, wandb_project, tensorboard." in faults
+    assert (
+        "telemetry is missing. Give it a section with the keys wandb_mode, wandb_project, tensorboard, detail."
+        in faults
+    )
     assert "seed is missing. Give it a whole number." in faults
     assert any(fault.startswith("router.name is missing. Use expert_threshold") for fault in faults)
     assert any(fault.startswith("data.name is missing. Give it pydoc_topics, text_file") for fault in faults)
