@@ -30,6 +30,6 @@ COPY --from=build /opt/dynmoe /opt/dynmoe
 ENV PATH=/opt/dynmoe/bin:$PATH DS_ACCELERATOR=cpu
 USER $USER_ID
 WORKDIR /home/dynmoe
-HEALTHCHECK --interval=5m --timeout=1m CMD ["dynmoe", "doctor"]
+HEALTHCHECK --interval=5m --timeout=3m CMD ["dynmoe", "doctor"]
 ENTRYPOINT ["dynmoe"]
 CMD ["doctor"]
