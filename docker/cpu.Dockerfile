@@ -15,7 +15,8 @@ COPY docker/constraints.txt docker/
 # Torch first and by itself, so that a change of the code does not download it again.
 RUN python -m venv --without-pip /opt/dynmoe \
     && pip --python /opt/dynmoe/bin/python install --constraint docker/constraints.txt 'torch==2.13.*' \
-    && /opt/dynmoe/bin/python -c "import sys, torch; sys.exit(torch.version.cuda and 'This is the CUDA build of torch: name the index of the CPU builds with --build-arg PIP_EXTRA_INDEX_URL, or use docker/gpu.Dockerfile.')"
+    && /opt/dynmoe/bin/python -c "import sys, torch; sys.exit(torch.version.cuda and 'This is the CUDA build of torch: name the index of the CPU builds with --build-arg PIP_EXTRA_INDEX_URL, or use docker/gpu.Dockerfile.')" \
+    && rm -r /opt/dynmoe/lib/python3.11/site-packages/torch/include /opt/dynmoe/lib/python3.11/site-packages/torch/test
 COPY pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY kernels kernels
@@ -30,6 +31,6 @@ COPY --from=build /opt/dynmoe /opt/dynmoe
 ENV PATH=/opt/dynmoe/bin:$PATH DS_ACCELERATOR=cpu
 USER $USER_ID
 WORKDIR /home/dynmoe
-HEALTHCHECK --interval=5m --timeout=1m CMD ["dynmoe", "doctor"]
+HEALTHCHECK --interval=5m --timeout=3m CMD ["dynmoe", "doctor"]
 ENTRYPOINT ["dynmoe"]
 CMD ["doctor"]

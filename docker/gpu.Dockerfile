@@ -29,7 +29,7 @@ RUN if id ubuntu; then userdel --remove ubuntu; fi \
     && install --directory --owner=dynmoe --group=dynmoe /home/dynmoe/runs
 USER $USER_ID
 WORKDIR /home/dynmoe
-HEALTHCHECK --interval=5m --timeout=1m CMD ["dynmoe", "doctor"]
+HEALTHCHECK --interval=5m --timeout=3m CMD ["dynmoe", "doctor"]
 # NVIDIA's script makes the image run with older drivers, and then becomes the command.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "dynmoe"]
 CMD ["doctor"]

@@ -126,7 +126,7 @@ class Podman:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _pip_settings(self) -> list[str]:
-        """Options that let pip find in a build what it finds here, without a word of it in the image."""
+        """Options that let pip find in a build what it finds here. Of them the image keeps empty mount points only."""
         settings, mounts = configparser.RawConfigParser(), {f"{self.folder}/pip.conf": "/etc/pip.conf"}
         settings["global"] = {}
         told = self._run(sys.executable, "-m", "pip", "config", "list", timeout_s=60).stdout
