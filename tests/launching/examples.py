@@ -53,7 +53,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "slurm.sbatch": _slurm("/shared/runs/first"),
     "slurm_sweep.sbatch": _slurm("/shared/runs/rates", "optim.lr=1e-3,3e-4", "seed=0,1", max_parallel=2),
     "slurm_pyxis.sbatch": _slurm(
-        "/shared/runs/first", container="pyxis", image="nvcr.io#nvidia/pytorch:25.06-py3", python=None,
+        "/shared/runs/first", container="pyxis", image="nvcr.io#nvidia/pytorch:26.06-py3", python=None,
         mounts=["/data:/data:ro"], setup=["module load slurm"], cpus_per_rank=12,
     ),
     "slurm_apptainer.sbatch": _slurm(
