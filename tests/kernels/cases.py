@@ -337,7 +337,8 @@ def check_products(
         assert_like([got[:num_rows]], [twin(*operands, ends)[:num_rows]], f"{name} and its twin")
     assert_rounded_once(kernels.multiply_by_slot(rows, matrices, ends)[:num_rows], products, "products, by rows")
     got = kernels.multiply_pairs_by_slot(rows, grad, ends)
-    assert torch.equal(got, kernels.multiply_pairs_by_slot(rows, grad, ends)), "the same bits every time"
+    if device != "cpu":  # in the interpreter a program has no other beside it, and costs a tenth of a second
+        assert torch.equal(got, kernels.multiply_pairs_by_slot(rows, grad, ends)), "the same bits every time"
     assert_rounded_once(got, grad_matrices, "grad_matrices")
     assert_like([got], [multiply_pairs_by_slot_torch(rows, grad, ends)], "grad_matrices and their twin")
     assert not got[torch.tensor(rows_per_slot) == 0].any()
@@ -473,7 +474,7 @@ def _cases_of(dtype: torch.dtype) -> Iterator[Case]:
     if dtype != torch.float16:
         sizes_of_products += [([0, 0], 0, 8, 16, False), ([5], 0, 1, 1, False), ([0, 4, 2], 3, 64, 72, False)]
     if dtype == torch.float32:  # more tiles than go together; one slot with all rows; more slots than a warp has lanes
-        sizes_of_products += [([5] * 9, 0, 8, 136, False), ([0, 150, 0], 0, 8, 8, False)]
+        sizes_of_products += [([5] * 9, 0, 8, 72, False), ([0, 150, 0], 0, 8, 8, False)]
         sizes_of_products += [([0] * 20 + [2] + [0] * 12, 0, 8, 24, False)]
     for rows_per_slot, spare, width, out, is_transposed in sizes_of_products:
         sizes = {"spare": spare, "width": width, "out": out, "is_transposed": is_transposed}
