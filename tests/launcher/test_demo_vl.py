@@ -34,7 +34,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     digits = write_digits(folder / "digits")
     paths = [f"data.{key}={digits / name}" for key, name in DATA.items()]
     command = [sys.executable, "-m", "dynmoe_ds", "stages", "experiment=demo_vl", f"run_dir={folder / 'run'}"]
-    result = run([*command, *paths, *SHORTER], timeout_s=900)
+    result = run([*command, *paths, *SHORTER], timeout_s=400)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder / "run", result.stdout + result.stderr
 

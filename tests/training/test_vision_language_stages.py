@@ -81,7 +81,7 @@ LAYOUTS = {"1 rank": (1, 1, 2), "EP 2": (2, 2, 2), "2 ranks, ZeRO 3": (2, 1, 3),
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=900)
+    run_ranks(train_stages, 1, f"{digits}", f"{folder}", *LAYOUTS["1 rank"][1:], timeout_s=200)
     return folder
 
 
@@ -97,10 +97,10 @@ def part_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(400)
 def test_every_layout_trains_like_one_rank(layout: str, digits: Path, alone: Path, tmp_path: Path) -> None:
     world_size, ep_size, zero_stage = LAYOUTS[layout]
-    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=1200)
+    found = run_ranks(train_stages, world_size, f"{digits}", f"{tmp_path}", ep_size, zero_stage, timeout_s=300)
     for number, stage in enumerate(STAGES):
         at_once = list(zip(*(of_rank[number][0] for of_rank in found), strict=True))
         if stage != "packed":  # where rows have both
@@ -170,7 +170,7 @@ def test_exact_match_is_what_greedy_decoding_says(digits: Path, tmp_path: Path) 
     (tmp_path / "learnt.json").write_text(json.dumps(asked_once))
     overrides.append(f"data.held_out_path={tmp_path}/learnt.json")
     everything = "stage.trained=[vision_tower,projector,language_model]"
-    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=900)
+    run_ranks(run_on_a_rank, 1, f"{digits}", f"{tmp_path}/run", "experts", [*overrides, everything], timeout_s=200)
     told = metrics(tmp_path / "run")[-1]
     held_out = VisionLanguage(tiny_run(digits, Path("never"), "experts", *overrides)).data.held_out
     model = dm.load_model(tmp_path / "run" / "model")
