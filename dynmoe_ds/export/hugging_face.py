@@ -33,7 +33,8 @@ PREFIX = "dynmoe_"
 
 KINDS = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "StableLmForCausalLM",
-    "GemmaForCausalLM", "PhiForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "LlavaForConditionalGeneration",
+    "GemmaForCausalLM", "PhiForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+    "LlavaForConditionalGeneration",
 )  # fmt: skip
 """The classes of transformers that can have experts."""
 
@@ -108,7 +109,9 @@ def moe_class(kind: Any) -> Any:
             with torch.device("cpu"):
                 described = _layer(layer)
                 built = build_layer(name, described, Path(str(config.name_or_path)), ep_size=1, num_slots=None)
-                built.shared = shared_expert(config, described.shared_ffn_hidden_size)
+                built.shared = shared_expert(
+                    config, described.shared_ffn_hidden_size, is_gated=described.shared_is_gated
+                )
             self.set_submodule(name, built)
 
     return type(f"DynMoE{kind.__name__}", (kind,), {"__init__": __init__, "config_class": config_class})

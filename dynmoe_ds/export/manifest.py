@@ -22,7 +22,7 @@ class LayerManifest:
     """One `MoELayer`. router: name and values, as in a run's configuration. expert_ids: the live experts, ascending.
 
     has_shared: whether a module stands beside the experts. shared_ffn_hidden_size: its hidden units if it is an MLP as
-    Llama's; a module of another kind, 0 here, is described nowhere.
+    Llama's, behind a gate as Qwen2-MoE's if shared_is_gated; a module of another kind, 0 here, is described nowhere.
     """
 
     hidden_size: int
@@ -34,6 +34,7 @@ class LayerManifest:
     seed: int
     has_shared: bool = False
     shared_ffn_hidden_size: int = 0
+    shared_is_gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

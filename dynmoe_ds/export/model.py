@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.checkpoint.entries import Entry, entries, tied_names
 from dynmoe_ds.checkpoint.publish import check_vacant, published
@@ -33,7 +32,7 @@ from dynmoe_ds.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from dynmoe_ds.models import empty_model, shared_expert
+from dynmoe_ds.models import GatedSharedExpert, empty_model, shared_expert, shared_ffn_hidden_size
 from dynmoe_ds.moe import MoELayer, Placement, moe_layers
 
 
@@ -139,17 +138,9 @@ def describe_layer(layer: MoELayer, config: Mapping[str, Any]) -> LayerManifest:
         next_expert_id=layer.placement.next_id,
         seed=layer.seed,
         has_shared=layer.shared is not None,
-        shared_ffn_hidden_size=_shared_ffn_hidden_size(layer.shared, config),
+        shared_ffn_hidden_size=shared_ffn_hidden_size(layer.shared, config),
+        shared_is_gated=isinstance(layer.shared, GatedSharedExpert),
     )
-
-
-def _shared_ffn_hidden_size(shared: nn.Module | None, config: Mapping[str, Any]) -> int:
-    """Hidden units of an MLP that differs in them alone from those that the model's configuration makes; else 0."""
-    if type(shared) is not LlamaMLP:
-        return 0
-    mlp: Any = shared  # transformers has no types
-    alike = all(getattr(mlp.config, key) == config.get(key) for key in ("hidden_size", "hidden_act", "mlp_bias"))
-    return int(mlp.intermediate_size) if alike else 0
 
 
 def _collect(stored: list[Entry], is_writer: bool) -> tuple[dict[str, Tensor], Exception | None]:
@@ -223,7 +214,7 @@ def build_model(manifest: Manifest, path: Path, ep_size: int = 1, num_slots: int
     model: PreTrainedModel = empty_model(kind, dict(manifest.config))
     for name, described in manifest.layers.items():
         layer = build_layer(name, described, path, ep_size, num_slots)
-        layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size)
+        layer.shared = shared_expert(model.config, described.shared_ffn_hidden_size, is_gated=described.shared_is_gated)
         model.set_submodule(name, layer)
     return model
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from dynmoe_ds.distributed import current_layout, raise_together
 from dynmoe_ds.errors import ConfigError
+from dynmoe_ds.models import GatedSharedExpert
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.moe.layer import layer_faults
 from dynmoe_ds.moe.seeds import layer_seed
@@ -78,20 +79,6 @@ class _Block:
     @property
     def num_experts(self) -> int:
         return len(self.module.gate.weight)
-
-
-class GatedSharedExpert(nn.Module):
-    """`σ(gate x) · expert(x)`: what every token passes beside its experts in Qwen2-MoE. gate: [T, D] -> [T, 1]."""
-
-    def __init__(self, expert: nn.Module, gate: nn.Module) -> None:
-        super().__init__()
-        self.expert = expert
-        self.gate = gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, D] for x [T, D]."""
-        output: Tensor = torch.sigmoid(self.gate(x)) * self.expert(x)
-        return output
 
 
 def _checked_blocks(model: nn.Module, num_slots: int | None, ep_size: int) -> dict[str, _Block]:

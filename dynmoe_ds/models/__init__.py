@@ -1,11 +1,12 @@
 """Hugging Face backbones with MoELayers in the place of some of their MLPs."""
 
 from dynmoe_ds.models.classifier import Head, bert_backbone, build_classifier, vit_backbone
-from dynmoe_ds.models.decoder import build_decoder, decoder_backbone, shared_expert
+from dynmoe_ds.models.decoder import build_decoder, decoder_backbone
 from dynmoe_ds.models.dense import dense_model, empty_model
 from dynmoe_ds.models.flops import FlopCount, count_flops
 from dynmoe_ds.models.fused_norms import fuse_norms
 from dynmoe_ds.models.parameters import ParameterCount, count_parameters, parameter_groups
+from dynmoe_ds.models.shared_experts import GatedSharedExpert, shared_expert, shared_ffn_hidden_size
 from dynmoe_ds.models.vision_language import (
     PACKABLE,
     Vocabulary,
@@ -20,6 +21,7 @@ from dynmoe_ds.models.vision_language import (
 __all__ = [
     "PACKABLE",
     "FlopCount",
+    "GatedSharedExpert",
     "Head",
     "ParameterCount",
     "Vocabulary",
@@ -37,8 +39,9 @@ __all__ = [
     "fuse_norms",
     "llava_backbone",
     "parameter_groups",
-    "take_conversations",
     "shared_expert",
+    "shared_ffn_hidden_size",
+    "take_conversations",
     "tokens_per_image",
     "vit_backbone",
 ]

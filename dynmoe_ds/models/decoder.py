@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynmoe_ds.config.schema import LanguageDataConfig, LlamaModelConfig, RunConfig
 from dynmoe_ds.models.activation_checkpointing import checkpoint_activations
 from dynmoe_ds.models.dense import dense_model
-from dynmoe_ds.models.random_weights import seeded_weights
+from dynmoe_ds.models.shared_experts import shared_expert
 from dynmoe_ds.moe import MoELayer, layer_seed
 
 
@@ -35,22 +33,10 @@ def build_decoder(config: RunConfig, vocab_size: int, eos_token_id: int) -> Llam
             router=config.router,
             expert=config.expert.kind,
             seed=layer_seed(config.seed, index),
-            shared=shared_expert(llama, sizes.shared_ffn_hidden_size, layer_seed(config.seed, index)),
+            shared=shared_expert(llama, sizes.shared_ffn_hidden_size, seed=layer_seed(config.seed, index)),
         )
     checkpoint_activations(model, config.parallel)
     return model
-
-
-def shared_expert(llama: LlamaConfig, ffn_hidden_size: int, seed: int = 0) -> LlamaMLP | None:
-    """The MLP that all tokens of a decoder's MoELayer pass, with random weights as its others; None for 0 units."""
-    if ffn_hidden_size == 0:
-        return None
-    with seeded_weights(seed):
-        mlp = LlamaMLP(LlamaConfig.from_dict(llama.to_dict() | {"intermediate_size": ffn_hidden_size}))
-        for linear in mlp.children():
-            if isinstance(linear, nn.Linear):
-                nn.init.normal_(linear.weight, std=llama.initializer_range)
-    return mlp
 
 
 def decoder_backbone(sizes: LlamaModelConfig, vocab_size: int, eos_token_id: int, max_length: int) -> LlamaConfig:

@@ -121,12 +121,30 @@ def dm_round(model: Any, folder: Path) -> Any:
     return dm.load_model(folder / "own")
 
 
-def test_mixtral_and_shared_experts(tmp_path: Path) -> None:
+OF_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("Qwen2Moe", {**OF_QWEN, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
+        ("Qwen3Moe", {**OF_QWEN, "head_dim": 8}),
+    ],
+)
+def test_imported_mixtures_of_experts(kind: str, experts: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    mixtral = dm.import_top_k_model(transformers.MixtralForCausalLM(config).eval(), num_slots=6)
-    dm.export_hugging_face(mixtral, tmp_path / "mixtral")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")), logits(mixtral))
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **experts)
+    original = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    want = logits(original)
+    model = dm.import_top_k_model(original, num_slots=6)
+    torch.testing.assert_close(logits(model), want)
+    dm.export_hugging_face(model, tmp_path / "model")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), want)
+    torch.testing.assert_close(logits(dm_round(model, tmp_path)), want)
+
+
+def test_a_shared_expert_comes_along(tmp_path: Path) -> None:
     shared = build_decoder(small_run(model__shared_ffn_hidden_size=24), 40, eos_token_id=0).eval()
     dm.export_hugging_face(shared, tmp_path / "shared")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "shared")), logits(shared))

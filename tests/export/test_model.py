@@ -177,6 +177,7 @@ def test_the_manifest_is_readable_and_says_how_to_build_the_model(one: Any) -> N
         "seed": model.model.layers[1].mlp.seed,
         "has_shared": False,
         "shared_ffn_hidden_size": 0,
+        "shared_is_gated": False,
     }
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "model.safetensors"]
     assert [file.name for file in path.parent.iterdir()] == ["model"], "nothing is left aside"
