@@ -47,7 +47,9 @@ def test_every_candidate_runs_and_is_reported(tmp_path: Path) -> None:
             if name != "dense FFN":
                 assert row["mean_k"] == pytest.approx(2.0, rel=0.03), name
     page = (tmp_path / "layer.md").read_text()
-    assert all(page.count(f"| {name} |") == 4 for name in NAMES)  # in the two summaries and in both cells
+    for name in NAMES:  # in the two summaries and in both cells
+        assert sum(line.startswith(f"| {name} |") for line in page.splitlines()) == 4, name
+    assert page.count("| faster than a peer at equal k | ours: top_k |") == 2
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
 
 
