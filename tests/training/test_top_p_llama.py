@@ -107,7 +107,7 @@ def test_a_tiny_run_learns_and_reports(shards: Path, tmp_path: Path, num_ranks: 
             active = without + 2 * 16 * per_row + sum(mean_k) * per_expert
             assert line[f"{group}/active_parameters"] == pytest.approx(active, rel=1e-12)
     page = (run_dir / "report.html").read_text()
-    for words in ("Experts per token by layer", "training tokens seen", "active parameters per token at the end"):
+    for words in ("Experts per token by layer", "training tokens seen", "active parameters per token, last"):
         assert words in page
     assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
     assert not (run_dir / "sample.txt").exists()
