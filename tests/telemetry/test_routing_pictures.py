@@ -79,7 +79,7 @@ def test_kinds_are_found_once_and_only_so_many_are_drawn(tmp_path: Path) -> None
 
 def test_the_report_tells_cost_and_evenness(tmp_path: Path) -> None:
     text = write_report(run(tmp_path / "run", values(1), values(2))).read_text()
-    assert "<dt>active parameters per token at the end</dt><dd>2.0M</dd>" in text
-    assert "<dt>training FLOPs per token at the end</dt><dd>15.0M</dd>" in text
+    assert "<dt>active parameters per token, last</dt><dd>2.0M</dd>" in text
+    assert "<dt>training FLOPs per token, last</dt><dd>15.0M</dd>" in text
     assert all(f'alt="{title}"' in text for title in ("Evenness of load", "Experts per token by kind and layer"))
     assert "last evenness of load" in text and "<td class=number>0.80</td>" in text
