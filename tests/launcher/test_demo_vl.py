@@ -79,10 +79,10 @@ def test_experts_grow_and_every_kind_is_told_apart(demo: tuple[Path, str]) -> No
             name = f"eval/mean_k_per_kind/{modality} {kind}"
             assert (name in found) == ((modality, kind) != ("image", "text")), name
             assert 0 < found.get(name, 1.0) <= 8
-    births = [layer for event in lines(folder / "adaptation.jsonl") for layer in event["layers"].items()]
+    changes = [layer for event in lines(folder / "adaptation.jsonl") for layer in event["layers"].items()]
     for name in LAYERS:
-        born = sum(len(change["grown"]) for layer, change in births if layer == name)
-        assert born > 0 and found[f"moe/live_experts/{name}"] == 4 + born
+        born, pruned = (sum(len(c[what]) for layer, c in changes if layer == name) for what in ("grown", "pruned"))
+        assert born > 0 and found[f"moe/live_experts/{name}"] == 4 + born - pruned
 
 
 @pytest.mark.launcher
