@@ -82,4 +82,4 @@ def test_the_report_tells_cost_and_evenness(tmp_path: Path) -> None:
     assert "<dt>active parameters per token, last</dt><dd>2.0M</dd>" in text
     assert "<dt>training FLOPs per token, last</dt><dd>15.0M</dd>" in text
     assert all(f'alt="{title}"' in text for title in ("Evenness of load", "Experts per token by kind and layer"))
-    assert "last evenness of load" in text and "<td class=number>0.80</td>" in text
+    assert "evenness of load (0 to 1), last" in text and "<td class=number>0.80</td>" in text
