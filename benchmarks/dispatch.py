@@ -176,6 +176,19 @@ def run_per_expert(hidden: Tensor, mask: Tensor, weights: Tensor, experts: Exper
     return torch.zeros_like(hidden).index_add(0, token, outputs)
 
 
+def build_layer(cell: Cell, tokens: int, hidden_size: int, ffn: int) -> tuple[dm.MoELayer, Tensor, Tensor, Tensor]:
+    """A layer over all ranks with a given routing, and this rank's rows [T, D], mask [T, E] and weights [T, E]."""
+    rank = dist.get_rank()
+    hidden = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    mask, weights = draw_routing(cell, tokens, seed=1000 + rank)
+    layer = dm.MoELayer(
+        hidden_size=hidden_size, ffn_hidden_size=ffn, num_experts=cell.num_experts, num_slots=cell.num_experts,
+        ep_size=dist.get_world_size(), seed=0,
+    )  # fmt: skip
+    layer.router = GivenRouting(mask, weights)
+    return layer, hidden, mask, weights
+
+
 def measure(cells: Sequence[Cell], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One rank: all cells, each with bytes and times by method, equal on all ranks. Collective: every rank."""
     return [measure_cell(cell, args) for cell in cells]
@@ -184,14 +197,7 @@ def measure(cells: Sequence[Cell], args: argparse.Namespace) -> list[dict[str, A
 def measure_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """One cell. Raises: AssertionError if the methods differ in output or gradients, or less is sent than must be."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(args.tokens, args.hidden, generator=generator).requires_grad_()
-    mask, weights = draw_routing(cell, args.tokens, seed=1000 + rank)
-    layer = dm.MoELayer(
-        hidden_size=args.hidden, ffn_hidden_size=args.ffn, num_experts=cell.num_experts,
-        num_slots=cell.num_experts, ep_size=size, seed=0,
-    )  # fmt: skip
-    layer.router = GivenRouting(mask, weights)
+    layer, hidden, mask, weights = build_layer(cell, args.tokens, args.hidden, args.ffn)
     group = dist.group.WORLD
     assert group is not None
     runs: dict[str, Callable[[], Tensor]] = {
@@ -214,7 +220,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
         }
         assert sum(sums[::2]) >= least, f"{cell}, {name}: {sums[::2]} bytes of rows, but {least} must travel"
     times = side_by_side.take_turns(
-        {name: _timed(run, hidden, weights, layer) for name, run in runs.items()}, args.rounds
+        {name: timed(run, hidden, weights, layer) for name, run in runs.items()}, args.rounds
     )
     for name, seconds in side_by_side.plain(times).items():
         found["methods"][name]["seconds"] = seconds
@@ -222,7 +228,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return values | {"mean_k": _sum_over_ranks([int(mask.sum())])[0] / size / args.tokens} | found
 
 
-def _clear(hidden: Tensor, weights: Tensor, layer: dm.MoELayer) -> None:
+def _clear(hidden: Tensor, weights: Tensor, layer: nn.Module) -> None:
     hidden.grad = weights.grad = None
     layer.zero_grad(set_to_none=True)
 
@@ -246,8 +252,8 @@ def _assert_equal(name: str, got: Sequence[Tensor], wanted: Sequence[Tensor]) ->
         assert (a - b).abs().max() <= 1e-4 * b.abs().max(), f"{name} is off by {(a - b).abs().max()}"
 
 
-def _timed(
-    run: Callable[[], Tensor], hidden: Tensor, weights: Tensor, layer: dm.MoELayer
+def timed(
+    run: Callable[[], Tensor], hidden: Tensor, weights: Tensor, layer: nn.Module
 ) -> Callable[[], dict[str, float]]:
     """Seconds of the slowest rank."""
 

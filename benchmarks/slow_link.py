@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import dynmoe_ds as dm
 from benchmarks import side_by_side
-from benchmarks.dispatch import Cell, GivenRouting, draw_routing
+from benchmarks.dispatch import Cell, build_layer, timed
 
 ADDRESSES = ("10.89.0.1", "10.89.0.2")
 PORT = 29511
@@ -161,16 +161,9 @@ def on_rank(sizes: Mapping[str, int], timeout_s: float, result: str) -> None:
 
 
 def _candidates(sizes: Sizes) -> dict[str, Callable[[], dict[str, float]]]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(sizes.tokens, sizes.hidden, generator=generator).requires_grad_()
+    world = dist.get_world_size()
     cell = Cell(num_experts=sizes.num_experts, k=sizes.k, routing="uniform")
-    mask, weights = draw_routing(cell, sizes.tokens, seed=1000 + rank)
-    layer = dm.MoELayer(
-        hidden_size=sizes.hidden, ffn_hidden_size=sizes.ffn, num_experts=sizes.num_experts,
-        num_slots=sizes.num_experts, ep_size=world, seed=0,
-    )  # fmt: skip
-    layer.router = GivenRouting(mask, weights)
+    layer, hidden, _, weights = build_layer(cell, sizes.tokens, sizes.hidden, sizes.ffn)
     torch.manual_seed(0)
     wide = nn.Linear(sizes.hidden, 2 * sizes.ffn)
     shared = nn.Sequential(wide, nn.SiLU(), nn.Linear(2 * sizes.ffn, sizes.hidden))
@@ -193,18 +186,8 @@ def _candidates(sizes: Sizes) -> dict[str, Callable[[], dict[str, float]]]:
         outputs = [ways[name]().detach() for name in names if name in ways]
         assert all((y - outputs[0]).abs().max() <= 1e-4 * y.abs().max() for y in outputs[1:]), names
 
-    def timed(way: Callable[[], Tensor]) -> dict[str, float]:
-        hidden.grad = weights.grad = None
-        for module in (layer, shared):
-            module.zero_grad(set_to_none=True)
-        dist.barrier()
-        began = time.perf_counter()
-        way().square().sum().backward()
-        seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return {"forward + backward": seconds.item()}
-
-    return {name: lambda way=way: timed(way) for name, way in ways.items()}  # type: ignore[misc]
+    both = nn.ModuleList([layer, shared])
+    return {name: timed(way, hidden, weights, both) for name, way in ways.items()}
 
 
 def lines(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -90,7 +90,7 @@ class Podman:
             if self.try_("pull", BASE, timeout_s=_PULL_TIMEOUT_S).returncode == 0:
                 return "registry"
         except subprocess.TimeoutExpired:
-            pass
+            pass  # a registry that does not answer cannot be reached either: the base is made here
         root = self.folder / "root"
         options = ("--variant=minbase", "--include=python3,python3-venv,python3-pip,ca-certificates")
         made = self._run("debootstrap", *options, "bookworm", f"{root}", timeout_s=900)
