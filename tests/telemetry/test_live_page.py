@@ -48,6 +48,7 @@ def test_the_page_follows_the_run_until_its_end(address: str, tmp_path: Path) ->
     first = get(f"{address}/")
     assert "<dd>20</dd>" in first and state_of(first) == ("running", "Running: step 20.")
     assert Page(first).tags.count("img") > 2
+    assert '<noscript><meta http-equiv="refresh" content="0.01"></noscript>' in first, "for browsers without scripts"
     write_fake_run(tmp_path / "run", steps=40, eval_every=0, adapt_every=0)
     (tmp_path / "run" / FINISHED_FILE).write_text('{"steps": 40}')
     last = get(f"{address}/")
