@@ -9,12 +9,12 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
-	@echo "make demo-vl    train a vision-language model in three stages, and dense and as top-2 beside it (about 9 minutes, estimated)"
+	@echo "make demo-vl    train a vision-language model in three stages, and dense and as top-2 beside it (about 9 minutes)"
 	@echo "make test       lint, types and all tests (about 70 minutes on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
 	@echo "make test-browser  reports and \`dynmoe watch\` in a headless Chromium (also part of make test where there is one)"
 	@echo "make test-docker   builds the images and runs them, with two hosts by compose (root and Debian packages needed)"
-	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (15 minutes)"
+	@echo "make benchmark  compare the layer with a dense FFN and the layers of others (half an hour)"
 	@echo "make clean      remove $(VENV) and caches; runs/ is kept"
 
 setup: $(STAMP)
@@ -46,7 +46,7 @@ data/digits: | setup
 test: setup lint
 	$(BIN)/python -m pytest
 
-# Root and Debian's packages are needed; without them the tests are skipped and say what is missing.
+# Root and Debian's packages are needed; what is missing is skipped with a sentence, and where all of it is, that is a failure.
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster -m cluster
 
@@ -54,6 +54,7 @@ test-cluster: setup
 test-browser: setup
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Fails with a sentence where there is no podman.
 test-docker: setup
 	$(BIN)/python -m pytest tests/docker -m docker
 

@@ -35,6 +35,7 @@ from benchmarks.dispatch import Cell, build_layer, timed
 
 ADDRESSES = ("10.89.0.1", "10.89.0.2")
 PORT = 29511
+LAST_WORDS_S = 2.0
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 ONE_CHUNK, AFTER, FLAT = "1 chunk", "shared expert after", "straight to each rank"
@@ -136,10 +137,12 @@ def run(megabits: int, ranks_per_host: int, sizes: Sizes, timeout_s: float) -> d
             while any(rank.poll() is None for rank in ranks):
                 late = time.monotonic() > deadline
                 if late or any(rank.poll() for rank in ranks):
-                    number = next(i for i, rank in enumerate(ranks) if late or rank.poll())
-                    said = (Path(folder) / f"{number}.txt").read_text()
                     what = f"did not finish within {timeout_s} s" if late else "failed"
-                    raise side_by_side.RankFailed(f"Rank {number} of {world} {what}:\n{said}")
+                    if not late:
+                        time.sleep(LAST_WORDS_S)  # the rank that is seen first may have failed of another's end
+                    ended = [i for i, rank in enumerate(ranks) if late or rank.poll()]
+                    said = (f"Rank {i} of {world} {what}:\n{(Path(folder) / f'{i}.txt').read_text()}" for i in ended)
+                    raise side_by_side.RankFailed("\n".join(said))
                 time.sleep(0.1)
         finally:
             for process in ranks:

@@ -1,5 +1,6 @@
 """For all tests."""
 
+import gc
 import signal
 
 import torch
@@ -12,3 +13,9 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # Models of tests are so small that threads only wait for one another, most of all on a machine that has other work.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Every full collection of garbage would search all that is imported by now, again and again: 0.4 s each time."""
+    gc.collect()
+    gc.freeze()

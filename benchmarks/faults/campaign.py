@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from dynmoe_ds.telemetry import OF_THE_MACHINE
+from dynmoe_ds.telemetry import is_of_the_machine
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 60
@@ -26,7 +26,6 @@ COMMAND = (
     "adaptation.last_growth_step=40", "checkpoint.every_steps=4", "training.log_every_steps=4",
     "training.eval_every_steps=20", "parallel.process_group_timeout_s=30",
 )  # fmt: skip
-CLOCKS = OF_THE_MACHINE | {"time_s"}
 START_LIMIT_S, END_LIMIT_S = 180.0, 90.0
 
 
@@ -211,7 +210,7 @@ def differences(folder: Path, undisturbed: Path) -> list[str]:
     for step in sorted(there.keys() & here.keys()):
         (before, line), (other_before, other) = here[step], there[step]
         is_mean_of_same = before == other_before
-        keys = [key for key in other if key not in CLOCKS and (is_mean_of_same or key.startswith("eval/loss"))]
+        keys = [key for key in other if not is_of_the_machine(key) and (is_mean_of_same or key.startswith("eval/loss"))]
         found += [f"{key} at step {step}" for key in keys if line.get(key) != other[key]]
     here, there = (_by_step(run / "experts.jsonl") for run in (folder, undisturbed))
     if missing := there.keys() - here.keys():

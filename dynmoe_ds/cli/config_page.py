@@ -1,4 +1,4 @@
-"""The page docs/configuration.md: every key of runs and launches, from the schema and the committed files.
+"""The page docs/configuration.md: every key of runs, launches and plans, from the schema and the committed files.
 
 python -m dynmoe_ds.cli.config_page > docs/configuration.md
 """
@@ -6,6 +6,7 @@ python -m dynmoe_ds.cli.config_page > docs/configuration.md
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import types
 import typing
@@ -17,17 +18,26 @@ from typing import Any, Literal
 
 import yaml
 
+from dynmoe_ds.cli.launcher import name_accelerator
+from dynmoe_ds.cli.plan import DEFAULT_CLUSTER, PLAN_KEYS
 from dynmoe_ds.config.build import expected
-from dynmoe_ds.config.groups import CONFIG_MODULE, LAUNCH_GROUP, config_groups, launch_names
+from dynmoe_ds.config.groups import (
+    CLUSTER_GROUP,
+    CONFIG_MODULE,
+    LAUNCH_GROUP,
+    cluster_names,
+    config_groups,
+    launch_names,
+)
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.routing import RouterConfig, router_config, router_names
 
 _HEAD = """# Configuration
 
-Every key of a run and, at the end, of `dynmoe launch`. Written by `python -m dynmoe_ds.cli.config_page` from the schema
-(`dynmoe_ds/config/schema.py`, `routing/`, `adaptation/config.py`, `launching/config.py`) and the files in `configs/`; a
-test fails when it is not current.
+Every key of a run and, at the end, of `dynmoe launch` and `dynmoe plan`. Written by
+`python -m dynmoe_ds.cli.config_page` from the schema (`dynmoe_ds/config/schema.py`, `routing/`, `adaptation/config.py`,
+`launching/config.py`, `planning/cluster.py`) and the files in `configs/`; a test fails when it is not current.
 
 `GROUP=OPTION` takes a file, such as `router=top_p` for `configs/router/top_p.yaml`; `SECTION.KEY=VALUE` sets a value;
 `dynmoe config OVERRIDES` prints what comes out. An experiment is a set of such choices. A key without a default must be
@@ -49,7 +59,7 @@ class Option:
 
 def config_page() -> str:
     """The whole page."""
-    return "\n".join([_HEAD, *_experiments(), *_top_level(), *_sections()]) + "\n"
+    return "\n".join([_HEAD, *_experiments(), *_top_level(), *_sections(), *_plan()]) + "\n"
 
 
 def _experiments() -> Iterator[str]:
@@ -74,11 +84,24 @@ def _top_level() -> Iterator[str]:
 
 
 def _sections() -> Iterator[str]:
+    from dynmoe_ds.planning.cluster import Cluster
+
     hints = typing.get_type_hints(RunConfig)
     for field in fields(RunConfig):
         if classes := _classes(hints[field.name]):
             yield from _section(field.name, classes)
     yield from _section(LAUNCH_GROUP, _classes(AnyLaunchConfig))
+    yield from _section(CLUSTER_GROUP, [Cluster])
+
+
+def _plan() -> Iterator[str]:
+    """What is the verb's own, beside the cluster."""
+    yield "## plan"
+    yield ""
+    yield from _head("key", "meaning")
+    for key, meaning in PLAN_KEYS.items():
+        yield _row(f"`plan.{key}`", meaning)
+    yield ""
 
 
 def _section(name: str, classes: list[type]) -> Iterator[str]:
@@ -168,14 +191,14 @@ def _in_files(key: str, options: list[Option]) -> str:
 def _chosen() -> frozenset[str]:
     """The options that are taken without any choice."""
     train = yaml.safe_load((files(CONFIG_MODULE) / "train.yaml").read_text(encoding="utf-8"))
-    return frozenset(
+    return frozenset({DEFAULT_CLUSTER}).union(
         option for entry in train["defaults"] if isinstance(entry, dict) for option in entry.values() if option
     )
 
 
 def _options(group: str) -> list[Option]:
-    names = launch_names() if group == LAUNCH_GROUP else config_groups().get(group, ())
-    return [_option(group, name) for name in names]
+    of_verbs = {LAUNCH_GROUP: launch_names(), CLUSTER_GROUP: cluster_names()}
+    return [_option(group, name) for name in of_verbs.get(group, config_groups().get(group, ()))]
 
 
 def _option(group: str, name: str) -> Option:
@@ -213,6 +236,8 @@ def _shown(value: Any) -> str:
         return f"`{str(value).lower() if value is not None else 'null'}`"
     if isinstance(value, list | tuple):
         return f"`[{', '.join(map(str, value))}]`"
+    if "`" in f"{value}":
+        return f"{value}"
     return f"`{value}`" if value != "" else "empty"
 
 
@@ -226,4 +251,5 @@ def _row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
+    name_accelerator(os.environ)  # or DeepSpeed says here which one it has chosen
     sys.stdout.write(config_page())

@@ -29,7 +29,9 @@ _STALE_AFTER_S = 15 * 60
 
 _EXAMPLES = """examples:
   dynmoe doctor
-  dynmoe doctor experiment=moe_llava_phi stage=projector data.path=captions.json model.text_pretrained=phi-2 ...
+  dynmoe doctor experiment=image_vit_small data.path=images
+  dynmoe doctor experiment=moe_llava_phi model.text_pretrained=phi-2 projector:data.path=captions.json ...
+  dynmoe doctor experiment=moe_llava_phi model.text_pretrained=phi-2 ... stage=projector
 """
 
 
@@ -53,7 +55,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `dynmoe train`")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `dynmoe train` or `dynmoe stages`")
     parser.set_defaults(run=run)
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from dynmoe_ds.cli.doctor import Finding
+from dynmoe_ds.cli.stage_overrides import (
+    DEFAULT_STAGES,
+    NAMES,
+    STAGE,
+    are_of_stages,
+    overrides_by_stage,
+    stage_folders,
+    value_of,
+)
 from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import DataConfig, LlavaDataConfig
-from dynmoe_ds.config.validate import find_faults
+from dynmoe_ds.config.validate import NO_STAGE, find_faults
 from dynmoe_ds.errors import ConfigError, DynMoEError
 
 # What transformers looks for, in this order; each may be in parts that an index beside it names.
@@ -18,7 +27,51 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
-    """What is there and what is missing of the run that `dynmoe train` would make with these overrides."""
+    """What is there and what is missing of the run that `dynmoe train` would make with these overrides.
+
+    Those of `dynmoe stages` are of as many runs as there are stages, or, with `stage=NAME` beside them, of that one
+    stage's. What is the same for all is said once, anything else under the name of its stage.
+    """
+    stage = value_of(overrides, STAGE)
+    if not are_of_stages(overrides) and (stage is not None or not _lacks_stage(overrides)):
+        yield from _of_one_run(overrides)
+        return
+    overrides = [text for text in overrides if not text.startswith(STAGE)]
+    names = (value_of(overrides, NAMES) or DEFAULT_STAGES).split(",")
+    if stage is not None and stage not in names:
+        names.append(stage)
+    given = overrides_by_stage([*overrides, f"{NAMES}{','.join(names)}"])
+    yield from (Finding(state="missing", subject="configuration", text=fault) for fault in given.faults)
+    try:
+        folders = stage_folders(overrides, given.by_stage)
+    except ConfigError:  # which is found again
+        folders = {}
+    if stage is not None:
+        yield from _of_one_run([*given.by_stage[stage], *_run_dir(folders, stage)])
+        return
+    stages_of: dict[Finding, list[str]] = {}
+    for name in given.by_stage:
+        for finding in _of_one_run([*given.by_stage[name], *_run_dir(folders, name)]):
+            stages_of.setdefault(finding, []).append(name)
+    for finding, found in stages_of.items():
+        is_of_all = len(found) == len(given.by_stage)
+        yield finding if is_of_all else replace(finding, subject=f"{', '.join(found)}: {finding.subject}")
+
+
+def _lacks_stage(overrides: Sequence[str]) -> bool:
+    """Whether the model is one that is trained in stages, and none is named."""
+    try:
+        load_config(overrides, check_files=False)
+    except ConfigError as error:
+        return NO_STAGE in error.faults
+    return False
+
+
+def _run_dir(folders: Mapping[str, Path], stage: str) -> list[str]:
+    return [f"run_dir={folders[stage]}"] if stage in folders else []
+
+
+def _of_one_run(overrides: Sequence[str]) -> Iterator[Finding]:
     try:
         config = load_config(overrides, check_files=False)
     except ConfigError:

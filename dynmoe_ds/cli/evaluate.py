@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli import evaluate_tasks
-from dynmoe_ds.cli.saved import RUN_HELP, open_saved
+from dynmoe_ds.cli.saved import MODEL_HELP, open_saved
 from dynmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   dynmoe evaluate runs/demo_vl/3_demo_experts --answers answers.png
   dynmoe evaluate runs/demo/checkpoints/step-00000500     # of a run that goes on, or was killed
   dynmoe evaluate runs/demo-20260101-120000 --tasks arc_easy,hellaswag --limit 100
-  dynmoe evaluate imported --held-out questions.json --image-folder images
+  dynmoe evaluate exported --held-out questions.json --image-folder images   # or what `dynmoe import` wrote
 """
 
 
@@ -34,7 +34,7 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run_dir", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--answers",

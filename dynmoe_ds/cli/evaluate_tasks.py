@@ -22,8 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to the verb's parser."""
     group = parser.add_argument_group(
         "benchmarks of lm-evaluation-harness",
-        "With --tasks the model is given those instead of the run's held-out data. RUN may then also be a folder "
-        "of `dynmoe export`, or any causal language model in Hugging Face's format. Needs the extra `eval`.",
+        "With --tasks the model is given those instead of the run's held-out data. RUN may then also be "
+        "any causal language model in Hugging Face's format. Needs the extra `eval`.",
     )
     group.add_argument("--tasks", metavar="NAMES", help="tasks or groups, with commas between them; `lm-eval ls tasks`")
     group.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task alone")

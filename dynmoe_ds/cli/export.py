@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dynmoe_ds.cli.saved import RUN_HELP, open_saved
-from dynmoe_ds.errors import DataError
+from dynmoe_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -49,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     name_accelerator(os.environ)
     from dynmoe_ds.export import export_hugging_face
-    from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
+    from dynmoe_ds.training.saved_run import is_hugging_face
 
+    if is_hugging_face(Path(arguments.run_dir)):
+        raise ConfigError(f"{arguments.run_dir} is in Hugging Face's format already. Copy the folder.")
     saved, folder = open_saved(arguments.run_dir), Path(arguments.folder)
     with TemporaryDirectory() as aside:
         if not _write_processor(saved, Path(aside)):
-            for file in (saved.folder / TOKENIZER_FOLDER).glob("*"):
+            for file in saved.tokenizer_folder.glob("*"):
                 shutil.copy(file, aside)
         export_hugging_face(saved.model.cpu(), folder, sorted(Path(aside).iterdir()))
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynmoe_ds.cli.saved import RUN_HELP, open_saved
+from dynmoe_ds.cli.saved import MODEL_HELP, open_saved
 from dynmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   dynmoe generate runs/demo_vl/3_demo_experts --prompt "<image>Which digit is this?" --image seven.png
   dynmoe generate runs/demo_vl/3_demo_experts --file questions.json
   dynmoe generate runs/demo/checkpoints/step-00000500 --prompt "The "   # of a run that goes on, or was killed
+  dynmoe generate exported --prompt "The "   # what `dynmoe export` wrote
 
 A file of prompts is a JSON list of {"text": ..., "images": [...]}; its prompts are written to in one batch.
 """
@@ -31,12 +32,12 @@ def add_verb(verbs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "generate",
         help="let a trained model write",
-        description="Print what the model of a run, finished or not, writes after each prompt, in one process, with a "
-        "cache.",
+        description="Print what the model of a run, finished or not, or of an export writes after each prompt, in one "
+        "process, with a cache.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run_dir", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("--prompt", metavar="TEXT", help="with <image> wherever an image stands")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image of the prompt")
     parser.add_argument("--file", metavar="FILE", help="prompts in JSON, instead of --prompt")

@@ -77,53 +77,63 @@ def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sw
 
     Raises: ConfigError with every fault of the run's overrides and the verb's own; LaunchError if it is refused.
     """
-    from dynmoe_ds.cli.launcher import check_devices
     from dynmoe_ds.config.own_groups import split_overrides
     from dynmoe_ds.errors import ConfigError
     from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, with_global_batch
-    from dynmoe_ds.launching.config import KubernetesConfig, LocalConfig
-    from dynmoe_ds.launching.load import load_launch
-    from dynmoe_ds.launching.runs import load_runs
+    from dynmoe_ds.launching.config import KubernetesConfig
+    from dynmoe_ds.launching.load import load_what_can_be
+    from dynmoe_ds.launching.runs import find_num_ranks, load_runs
 
     split = split_overrides(overrides, ("launch",))
-    faults, launch, runs = list(split.faults), None, None
     name, values = "local", []
     for key, value in split.own:
         if key == "launch":
             name = str(value)
         else:
             values.append((key.removeprefix("launch."), value))
-    try:
-        launch = load_launch(name, values)
-    except ConfigError as error:
-        faults += error.faults
+    launch, own_faults = load_what_can_be(name, values)
+    faults, runs = [*split.faults, *own_faults], None
     try:
         runs = load_runs(split.others, check_files=not isinstance(launch, KubernetesConfig))
     except ConfigError as error:
         faults += error.faults
     if needs_sweep and runs is not None and not runs.is_sweep:
         faults.append("--multirun is given, but every key has one value. Give several (seed=0,1), or leave it out.")
-    if launch is not None and runs is not None:
-        faults += find_launch_faults(launch, runs)
+    if launch is not None:
+        num_ranks = find_num_ranks(split.others) if runs is None else runs.num_ranks
+        faults += [] if num_ranks is None else _rank_faults(launch, num_ranks)
         if launch.global_batch_size is not None and any(_ACCUMULATION in text for text in split.others):
             faults.append(
                 f"launch.global_batch_size is {launch.global_batch_size} and {_ACCUMULATION} is given, too, which "
                 "follows from it. Leave out one of them."
             )
+        if not is_dry:
+            faults += find_missing_programs(launch)
+    if launch is not None and runs is not None:
+        faults += find_launch_faults(launch, runs)
         try:
             runs = with_global_batch(runs, launch.global_batch_size)
         except ConfigError as error:
             faults += error.faults
-        if isinstance(launch, LocalConfig):
-            try:
-                check_devices(runs.num_ranks)
-            except ConfigError as error:
-                faults += error.faults
-    if launch is not None and not is_dry:
-        faults += find_missing_programs(launch)
     if faults or launch is None or runs is None:
         raise ConfigError(faults)
     return _launch(launch, runs, is_dry=is_dry)
+
+
+def _rank_faults(launch: AnyLaunchConfig, num_ranks: int) -> list[str]:
+    """Why there is no place for so many ranks, here or where they are launched."""
+    from dynmoe_ds.cli.launcher import check_devices
+    from dynmoe_ds.errors import ConfigError
+    from dynmoe_ds.launching.checks import find_rank_faults
+    from dynmoe_ds.launching.config import LocalConfig
+
+    if not isinstance(launch, LocalConfig):
+        return find_rank_faults(launch, num_ranks)
+    try:
+        check_devices(num_ranks)
+    except ConfigError as error:
+        return list(error.faults)
+    return []
 
 
 def _launch(launch: AnyLaunchConfig, runs: Runs, *, is_dry: bool) -> int:
@@ -227,7 +237,7 @@ def _how_it_ended(code: int) -> str:
         return f"dynmoe: stopped as asked, with a checkpoint. {again}"
     if code == 128 + signal.SIGINT:
         return "interrupted"
-    if code > 128:
+    if code - 128 in {*signal.Signals}:  # mpirun ends with 255 when a host does not answer
         return f"dynmoe: ended by {signal.Signals(code - 128).name}, without a new checkpoint. {again}"
     return f"dynmoe: the job has failed (exit code {code}). What its ranks said first, above, may tell why. {again}"
 

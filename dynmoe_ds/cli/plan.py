@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dynmoe_ds.planning import Candidate, Cluster
 
 DEFAULT_CLUSTER = "local_cpu"
-_PLAN_KEYS = ("mean_k",)
+PLAN_KEYS = {"mean_k": "experts per token, where the router does not say it"}
 _SHOWN = 10
 _TERMS = 3
 _GIB = 2**30
@@ -57,7 +57,7 @@ def _own_overrides() -> str:
             "overrides of this verb alone:",
             f"  cluster=NAME         {' | '.join(cluster_names())}",
             "  cluster.KEY=VALUE    such as cluster.num_nodes=4, cluster.memory_per_rank_gib=40",
-            "  plan.mean_k=NUMBER   experts per token, where the router does not say it",
+            f"  plan.mean_k=NUMBER   {PLAN_KEYS['mean_k']}",
             "",
         )
     )
@@ -124,8 +124,8 @@ class _OwnOverrides:
         elif key.startswith("cluster."):
             self.cluster_values.append((key.removeprefix("cluster."), value))
         elif key != "plan.mean_k":
-            known = ", ".join(f"plan.{name}" for name in _PLAN_KEYS)
-            near = did_you_mean(key.removeprefix("plan."), _PLAN_KEYS, "plan") if "." in key else ""
+            known = ", ".join(f"plan.{name}" for name in PLAN_KEYS)
+            near = did_you_mean(key.removeprefix("plan."), PLAN_KEYS, "plan") if "." in key else ""
             self.faults.append(f"There is no key {key!r}. {near}The verb's own are {known}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             self.mean_k = float(value)

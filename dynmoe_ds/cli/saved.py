@@ -12,6 +12,7 @@ RUN_HELP = (
     "the folder of a run, for the model of its end or else its latest checkpoint; or one of its checkpoints; or a "
     "folder of `dynmoe import`"
 )
+MODEL_HELP = f"{RUN_HELP} or `dynmoe export`"
 
 
 def open_saved(path: str) -> SavedRun:

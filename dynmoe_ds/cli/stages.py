@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from dynmoe_ds.cli import train
 from dynmoe_ds.cli.given_ranks import adopt_rank
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.stage_overrides import DEFAULT_STAGES, overrides_by_stage, stage_folders
 from dynmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 MODEL_FOLDER = "model"  # of training.trainer, which imports torch
-DEFAULT_STAGES = "projector,language,experts"
-_NAMES, _RUN_DIR = "stages=", "run_dir="
 
 _EXAMPLES = """examples:
   dynmoe stages experiment=demo_vl run_dir=runs/demo_vl stages=demo_projector,demo_language,demo_experts
@@ -60,59 +59,29 @@ def run(arguments: argparse.Namespace) -> int:
     adopt_rank(os.environ)
     if "RANK" in os.environ:
         raise ConfigError("`dynmoe stages` starts launchers itself. Under a launcher use `dynmoe train stage=NAME`.")
-    names = (_value(arguments.overrides, _NAMES) or DEFAULT_STAGES).split(",")
-    general = [text for text in arguments.overrides if not text.startswith((_NAMES, _RUN_DIR))]
-    marks = {name: f"{name}:" for name in names}
-    of_stages = {
-        name: [text.removeprefix(mark) for text in general if text.startswith(mark)] for name, mark in marks.items()
-    }
-    general = [text for text in general if not text.startswith(tuple(marks.values()))]
-    reserved = [text for own in of_stages.values() for text in own if text.startswith(("stage=", _RUN_DIR))]
-    faults = [f"{text} cannot be of one stage: `dynmoe stages` sets it. Leave it out." for text in reserved]
-    base = _run_dir(arguments.overrides, [*general, *of_stages[names[0]]], names[0])
-    folders = [base / f"{number}_{name}" for number, name in enumerate(names, 1)]
-    left = [folder for folder in folders if not _is_finished(folder)]
-    commands: dict[Path, list[str]] = {}
-    for name, folder, before in zip(names, folders, [None, *folders], strict=False):
-        overrides = [*_without_adaptation(name, general, of_stages[name]), f"stage={name}", f"run_dir={folder}"]
+    given = overrides_by_stage(arguments.overrides)
+    faults = [*given.faults]
+    folders = stage_folders(arguments.overrides, given.by_stage)
+    left = [folder for folder in folders.values() if not _is_finished(folder)]
+    commands: dict[str, list[str]] = {}
+    before: Path | None = None
+    for name, folder in folders.items():
+        overrides = [*given.by_stage[name], f"run_dir={folder}"]
         if folder in left:
-            found = _faults(overrides, is_last=folder == folders[-1])
+            found = _faults(overrides, is_last=len(commands) + 1 == len(folders))
             faults += [fault for fault in found if fault not in faults]
         # Not before: the folder is there only when the stage before has come to its end.
-        commands[folder] = overrides if before is None else [*overrides, f"stage.start={before / MODEL_FOLDER}"]
+        commands[name] = overrides if before is None else [*overrides, f"stage.start={before / MODEL_FOLDER}"]
+        before = folder
     if faults:
         raise ConfigError(faults)
-    for number, folder in enumerate(folders, 1):
-        print(f"dynmoe: stage {number} of {len(folders)}: {names[number - 1]}", flush=True)
+    for number, (name, folder) in enumerate(folders.items(), 1):
+        print(f"dynmoe: stage {number} of {len(folders)}: {name}", flush=True)
         if folder not in left:
             print(f"dynmoe: {folder} has come to its end already", flush=True)
-        elif code := train.run(argparse.Namespace(config=None, overrides=commands[folder])):
+        elif code := train.run(argparse.Namespace(config=None, overrides=commands[name])):
             return code
     return 0
-
-
-def _value(overrides: Sequence[str], key: str) -> str | None:
-    """What is given last for `key`, which ends with an equals sign."""
-    return next((text.removeprefix(key) for text in reversed(overrides) if text.startswith(key)), None)
-
-
-def _run_dir(overrides: Sequence[str], others: Sequence[str], first_stage: str) -> Path:
-    """The folder of all stages. Raises: ConfigError if none is given and the configuration cannot be read."""
-    from dynmoe_ds.config.load import load_config
-
-    return Path(_value(overrides, _RUN_DIR) or load_config([*others, f"stage={first_stage}"]).run_dir)
-
-
-def _without_adaptation(stage: str, general: Sequence[str], own: Sequence[str]) -> list[str]:
-    """A stage's overrides, its `own` after the `general` ones, less those of experts that a stage without has not."""
-    from dynmoe_ds.config.load import load_config
-
-    others = [*(text for text in general if not text.startswith(("adaptation.", "adaptation="))), *own]
-    try:
-        has_experts = load_config([*others, f"stage={stage}"]).adaptation is not None
-    except ConfigError:
-        return [*general, *own]  # which is reported with its faults
-    return [*general, *own] if has_experts else others
 
 
 def _faults(overrides: Sequence[str], is_last: bool) -> Sequence[str]:

@@ -75,12 +75,18 @@ def build_section(cls: type[S], plain: Mapping[str, Any], path: str) -> S:
 
     Raises: ConfigError with every fault.
     """
-    faults: list[str] = []
-    section = _section(plain, cls, path, faults)
+    section, faults = build_what_can_be(cls, plain, path)
     if faults:
         raise ConfigError(faults)
-    assert isinstance(section, cls), section
+    assert section is not None, path
     return section
+
+
+def build_what_can_be(cls: type[S], plain: Mapping[str, Any], path: str) -> tuple[S | None, list[str]]:
+    """As `build_section`, but returns the faults with the dataclass, None where a value cannot be converted."""
+    faults: list[str] = []
+    section = _section(plain, cls, path, faults)
+    return section if isinstance(section, cls) else None, faults
 
 
 def build_sections(plain: Mapping[str, Any]) -> BuiltSections:

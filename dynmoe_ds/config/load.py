@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dynmoe_ds.config.build import build_sections
+from dynmoe_ds.config.build import BuiltSections, build_sections
 from dynmoe_ds.config.groups import CONFIG_MODULE, config_groups, did_you_mean
 from dynmoe_ds.config.resolvers import register_resolvers
 from dynmoe_ds.config.schema import RunConfig
@@ -54,6 +54,19 @@ def load_config(overrides: Sequence[str], config_name: str = "train", *, check_f
     Raises: ConfigError with every fault: unreadable overrides, unknown groups, options and keys, missing and wrong
     values, and combinations that cannot work.
     """
+    built = load_sections(overrides, config_name)
+    faults = list(built.faults)
+    faults += find_faults_in(built.sections, check_files=_is_rank_zero() if check_files is None else check_files)
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return built.run_config()
+
+
+def load_sections(overrides: Sequence[str], config_name: str = "train") -> BuiltSections:
+    """As `load_config`, but returns the faults of sections by themselves with those that are sound.
+
+    Raises: ConfigError where nothing can be composed.
+    """
     faults: list[str] = []
     parsed = _parse(overrides, faults)
     composed, choices = _compose(config_name, parsed.choices, faults)
@@ -66,11 +79,7 @@ def load_config(overrides: Sequence[str], config_name: str = "train", *, check_f
         raise ConfigError([*faults, f"The configuration cannot be resolved: {_one_line(error)}"]) from error
     assert isinstance(plain, dict), type(plain)
     built = build_sections({str(key): value for key, value in plain.items()})
-    faults += built.faults
-    faults += find_faults_in(built.sections, check_files=_is_rank_zero() if check_files is None else check_files)
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
-    return built.run_config()
+    return BuiltSections(sections=built.sections, faults=[*faults, *built.faults])
 
 
 def read_config(path: str | Path) -> RunConfig:

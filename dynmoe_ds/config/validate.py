@@ -7,7 +7,6 @@ the checks on all others standing.
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -15,40 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_ds.adaptation import AdaptationConfig, rule_fault
+from dynmoe_ds.config import data_faults, model_faults
+from dynmoe_ds.config.bounds import at_least, multiple
 from dynmoe_ds.config.schema import (
-    BertClassifierConfig,
     CheckpointConfig,
     DataConfig,
-    ExpertConfig,
     GlueDataConfig,
     ImageFolderConfig,
-    LlamaModelConfig,
     LlavaDataConfig,
     LlavaModelConfig,
-    MegatronIndexedConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     StageConfig,
     TelemetryConfig,
-    TextDataConfig,
-    TokenShardsConfig,
     TrainingConfig,
-    TransformerSizes,
-    UpcycledConfig,
-    ViTClassifierConfig,
 )
 from dynmoe_ds.routing import RouterConfig
 
-# Of dynmoe_ds.data, which may not be imported here: the tokenizer's 256 bytes and end of text; the index of shards.
-MIN_VOCAB_SIZE = 257
-SHARD_INDEX_FILE = "index.json"
-# Of dynmoe_ds.telemetry, as well.
+# Of dynmoe_ds.telemetry, which may not be imported here.
 CHECKPOINT_FOLDER = "checkpoints"
 OWNER_FILE = "owner.json"
 # Of dynmoe_ds.launching: made before the run, which is its own, started once or again.
 LAUNCH_FOLDER = "launch"
+
+NO_STAGE = "model.name is llava but there is no stage. Choose one: stage=projector, language or experts."
 
 
 def find_faults(config: RunConfig, *, check_files: bool = True) -> list[str]:
@@ -71,21 +62,6 @@ def find_faults_in(sections: Mapping[str, Any], *, check_files: bool = True) -> 
         if all(name in sections for name in needed):
             faults.extend(check(**{name: sections[name] for name in needed}))
     return faults
-
-
-def _at_least(section: str, values: object, least: int, *names: str) -> Iterator[str]:
-    for name in names:
-        value = getattr(values, name)
-        if value < least:
-            yield f"{section}.{name} is {value} but must be at least {least}."
-
-
-def _multiple(name: str, value: int, of: str, base: int) -> Iterator[str]:
-    """A fault unless `value` is a multiple of `base`, with the nearest values that are."""
-    if base >= 1 and value >= 1 and value % base:
-        below, above = value // base * base, (value // base + 1) * base
-        nearest = f"{below} or {above}" if below else f"{above}"
-        yield f"{name} is {value} but must be a multiple of {of}. Use {nearest}."
 
 
 def _seed(seed: int) -> Iterator[str]:
@@ -113,140 +89,9 @@ def _run_dir(run_dir: str, checkpoint: CheckpointConfig) -> Iterator[str]:
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:
-    yield from _at_least("checkpoint", checkpoint, 1, "keep")
+    yield from at_least("checkpoint", checkpoint, 1, "keep")
     if checkpoint.every_steps is not None:
-        yield from _at_least("checkpoint", checkpoint, 1, "every_steps")
-
-
-def _pool(model: ModelConfig) -> Iterator[str]:
-    yield from _at_least("model", model, 1, "num_slots")
-    if not 1 <= model.num_experts <= model.num_slots:
-        yield (
-            f"model.num_experts is {model.num_experts} but must be between 1 and model.num_slots ({model.num_slots}): "
-            "every expert needs a slot. Lower the one or raise the other."
-        )
-
-
-def _llama(model: LlamaModelConfig) -> Iterator[str]:
-    yield from _at_least(
-        "model", model, 1, "hidden_size", "num_layers", "num_heads", "dense_ffn_hidden_size", "expert_ffn_hidden_size",
-    )  # fmt: skip
-    yield from _at_least("model", model, 0, "shared_ffn_hidden_size")
-    layers = model.num_layers
-    if not 1 <= model.moe_every <= layers:
-        yield (
-            f"model.moe_every is {model.moe_every} but must be between 1 and model.num_layers ({layers}), or no layer "
-            "has experts."
-        )
-    if model.moe_first is not None and not 0 <= model.moe_first < layers:
-        yield (
-            f"model.moe_first is {model.moe_first} but must be at least 0 and below model.num_layers ({layers}), or "
-            "no layer has experts."
-        )
-    heads = model.num_heads
-    # Rotary position embeddings turn pairs of channels.
-    yield from _multiple("model.hidden_size", model.hidden_size, f"2 x model.num_heads (2 x {heads})", 2 * heads)
-
-
-def _llava(model: LlavaModelConfig) -> Iterator[str]:
-    for part in ("vision", "text"):
-        pretrained, sizes = getattr(model, f"{part}_pretrained"), getattr(model, f"{part}_sizes")
-        yield from _one_source(f"model.{part}_pretrained", pretrained, f"model.{part}_sizes", sizes)
-        if sizes is not None:
-            yield from _transformer_sizes(f"model.{part}_sizes", sizes)
-    if isinstance(model.moe_layers, tuple):
-        yield from _layer_numbers(model.moe_layers, model.text_sizes)
-    if (text := model.text_sizes) is not None:
-        # Rotary position embeddings turn pairs of channels.
-        heads = text.num_heads
-        yield from _multiple(
-            "model.text_sizes.hidden_size", text.hidden_size, f"2 x model.text_sizes.num_heads (2 x {heads})", 2 * heads
-        )
-
-
-def _one_source(pretrained_key: str, pretrained: str | None, sizes_key: str, sizes: object) -> Iterator[str]:
-    if (pretrained is None) == (sizes is None):
-        given = "neither is" if sizes is None else "both are"
-        yield (
-            f"One of {pretrained_key} and {sizes_key} must be set, but {given}. Name the folder of a pretrained model "
-            f"and set {sizes_key}=null, or the other way round for random weights."
-        )
-
-
-def _transformer_sizes(key: str, sizes: TransformerSizes) -> Iterator[str]:
-    yield from _at_least(key, sizes, 1, *(field.name for field in fields(sizes)))
-    heads = sizes.num_heads
-    yield from _multiple(f"{key}.hidden_size", sizes.hidden_size, f"{key}.num_heads ({heads})", heads)
-
-
-def _upcycled(model: UpcycledConfig) -> Iterator[str]:
-    sizes = model.sizes if isinstance(model, BertClassifierConfig | ViTClassifierConfig) else None
-    yield from _one_source("model.pretrained", model.pretrained, "model.sizes", sizes)
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout is {model.dropout} but must be at least 0 and below 1."
-    yield from _layer_numbers(model.moe_layers, sizes)
-    if sizes is not None:
-        yield from _transformer_sizes("model.sizes", sizes)
-
-
-def _layer_numbers(layers: tuple[int, ...], sizes: TransformerSizes | None) -> Iterator[str]:
-    """sizes: of the model, where they are known before its weights are there."""
-    if not layers:
-        yield "model.moe_layers is empty, so that no layer has experts. Name layers, counted from 0."
-    last = None if sizes is None or sizes.num_layers < 1 else sizes.num_layers - 1
-    if last is not None and (outside := [layer for layer in layers if not -last - 1 <= layer <= last]):
-        yield (
-            f"model.moe_layers names {', '.join(map(str, outside))}, but the layers are 0 to {last}, or -1 to "
-            f"{-last - 1} from the end."
-        )
-    from_start = [layer if last is None or layer >= 0 else layer + last + 1 for layer in layers]
-    if len(set(from_start)) < len(layers):
-        yield f"model.moe_layers is {list(layers)}, which names a layer twice. Name each once."
-
-
-def _model(model: ModelConfig) -> Iterator[str]:
-    yield from _pool(model)
-    match model:
-        case LlamaModelConfig():
-            yield from _llama(model)
-        case BertClassifierConfig() | ViTClassifierConfig():
-            yield from _upcycled(model)
-        case LlavaModelConfig():
-            yield from _llava(model)
-
-
-def _model_for_data(model: ModelConfig, data: DataConfig) -> Iterator[str]:
-    match data:
-        case TextDataConfig() | TokenShardsConfig() | MegatronIndexedConfig():
-            wanted = "llama"
-        case GlueDataConfig():
-            wanted = "bert_classifier"
-        case ImageFolderConfig():
-            wanted = "vit_classifier"
-        case LlavaDataConfig():
-            wanted = "llava"
-    if model.name != wanted:
-        yield (
-            f"model.name is {model.name} but data.name is {data.name}, for which it must be {wanted}. Choose another "
-            "`model` or another `data`."
-        )
-    match model, data:
-        case ViTClassifierConfig(sizes=sizes), ImageFolderConfig(image_size=image_size) if sizes is not None:
-            yield from _multiple(
-                "data.image_size", image_size, f"model.sizes.patch_size ({sizes.patch_size})", sizes.patch_size
-            )
-        case LlavaModelConfig(vision_sizes=sizes), LlavaDataConfig(image_size=image_size) if sizes is not None:
-            yield from _multiple(
-                "data.image_size", image_size, f"model.vision_sizes.patch_size ({sizes.patch_size})", sizes.patch_size
-            )
-
-
-def _expert_for_model(expert: ExpertConfig, model: ModelConfig) -> Iterator[str]:
-    if isinstance(model, UpcycledConfig) and expert.kind != "gelu":
-        yield (
-            f"expert.kind is {expert.kind} but the experts of {model.name} are copies of its FFNs, which are gelu. Use "
-            "expert=gelu."
-        )
+        yield from at_least("checkpoint", checkpoint, 1, "every_steps")
 
 
 def _sample_for_data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
@@ -258,7 +103,7 @@ def _sample_for_data(data: DataConfig, training: TrainingConfig) -> Iterator[str
 
 
 def _parallel(parallel: ParallelConfig) -> Iterator[str]:
-    yield from _at_least("parallel", parallel, 1, "num_ranks", "process_group_timeout_s")
+    yield from at_least("parallel", parallel, 1, "num_ranks", "process_group_timeout_s")
     if not 0 <= parallel.zero_stage <= 3:
         yield f"parallel.zero_stage is {parallel.zero_stage}. Use 0, 1, 2 or 3."
     if parallel.zero_stage == 3 and parallel.activation_checkpointing == "deepspeed":
@@ -281,93 +126,13 @@ def _slots(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     ep_size = parallel.ep_size
     if ep_size < 1 or parallel.num_ranks % ep_size:
         return  # _parallel asks for another ep_size, so advice for this one would mislead
-    yield from _multiple("model.num_slots", model.num_slots, f"parallel.ep_size ({ep_size})", ep_size)
-
-
-def _text(data: TextDataConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 2, "sequence_length", "held_out_every")
-    if data.vocab_size < MIN_VOCAB_SIZE:
-        yield (
-            f"data.vocab_size is {data.vocab_size} but must be at least {MIN_VOCAB_SIZE}: 256 bytes and the end of "
-            "text."
-        )
-    if data.name == "text_file":
-        if data.path is None:
-            yield "data.path is null but data.name is text_file. Name the file, as in data.path=book.txt."
-    elif data.path is not None:
-        yield (
-            f"data.path is {data.path!r} but data.name is {data.name}, which reads no file. Use data=text_file, or "
-            "leave data.path null."
-        )
-
-
-def _token_shards(data: TokenShardsConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 2, "sequence_length")
-    if data.path is None:
-        yield "data.path is null. Name the folder that `dynmoe tokenize` wrote, as in data.path=shards."
-    if data.held_out_windows is None and not data.held_out_shards:
-        yield (
-            "data.held_out_windows is null and data.held_out_shards is empty, so that nothing would be held out. Set "
-            "one of them."
-        )
-    elif data.held_out_windows is not None and data.held_out_shards:
-        yield (
-            f"data.held_out_windows is {data.held_out_windows} and data.held_out_shards names "
-            f"{', '.join(data.held_out_shards)}, but only one of them can say what is held out. Set "
-            "data.held_out_windows=null, or data.held_out_shards=[]."
-        )
-    elif data.held_out_windows is not None:
-        yield from _at_least("data", data, 1, "held_out_windows")
-
-
-def _megatron_indexed(data: MegatronIndexedConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 2, "sequence_length")
-    if not data.paths:
-        yield "data.paths is empty. Name what `dynmoe data index` wrote, as in 'data.paths=[corpus/books]'."
-    if data.tokenizer is None:
-        yield "data.tokenizer is null. Name the folder of the tokenizer that made the data, or its tokenizer.json."
-    if data.weights and len(data.weights) != len(data.paths):
-        yield (
-            f"data.weights has {len(data.weights)} numbers but data.paths {len(data.paths)} data sets. Give one weight "
-            "for each, or data.weights=[]."
-        )
-    if odd := [weight for weight in data.weights if not 0 < weight < math.inf]:
-        yield f"data.weights has {odd[0]} but every weight must be above 0. Leave out the data set that is not wanted."
-    if not 0 < data.held_out_fraction < 1:
-        yield f"data.held_out_fraction is {data.held_out_fraction} but must be between 0 and 1."
-
-
-def _glue(data: GlueDataConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 2, "sequence_length")
-    yield from _at_least("data", data, 1, "num_train")
-    if data.path is None:
-        yield "data.path is null. Name the folder of the GLUE download, as in data.path=glue_data."
-    if data.tokenizer is None:
-        yield "data.tokenizer is null. Name the pretrained model's folder, or its tokenizer.json."
-
-
-def _image_folder(data: ImageFolderConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 1, "image_size")
-    yield from _at_least("data", data, 0, "num_workers")
-    if data.path is None:
-        yield "data.path is null. Name the folder that holds train/<class> and val/<class>, as in data.path=images."
-
-
-def _llava_data(data: LlavaDataConfig) -> Iterator[str]:
-    yield from _at_least("data", data, 0, "num_workers")
-    yield from _at_least("data", data, 1, "image_size")
-    yield from _at_least("data", data, 2, "sequence_length")
-    wanted = {"path": "JSON file to learn from", "held_out_path": "JSON file to evaluate on"}
-    wanted["tokenizer"] = "folder of the language model's tokenizer"
-    for key, thing in wanted.items():
-        if getattr(data, key) is None:
-            yield f"data.{key} is null. Name the {thing}."
+    yield from multiple("model.num_slots", model.num_slots, f"parallel.ep_size ({ep_size})", ep_size)
 
 
 def _stage(model: ModelConfig, stage: StageConfig | None, adaptation: AdaptationConfig | None) -> Iterator[str]:
     if (stage is None) == isinstance(model, LlavaModelConfig):
         if stage is None:
-            yield "model.name is llava but there is no stage. Choose one: stage=projector, language or experts."
+            yield NO_STAGE
         else:
             yield f"stage is set but model.name is {model.name}, which is trained in one go. Use stage=none."
     if stage is None:
@@ -385,51 +150,6 @@ def _stage(model: ModelConfig, stage: StageConfig | None, adaptation: Adaptation
         )
 
 
-def _data(data: DataConfig) -> Iterator[str]:
-    match data:
-        case LlavaDataConfig():
-            yield from _llava_data(data)
-        case GlueDataConfig():
-            yield from _glue(data)
-        case ImageFolderConfig():
-            yield from _image_folder(data)
-        case TextDataConfig():
-            yield from _text(data)
-        case TokenShardsConfig():
-            yield from _token_shards(data)
-        case MegatronIndexedConfig():
-            yield from _megatron_indexed(data)
-
-
-def _data_files(data: DataConfig) -> Iterator[str]:
-    match data:
-        case TextDataConfig(name="text_file", path=str(path)) if not Path(path).is_file():
-            yield f"data.path is {path!r}, which is not a file here ({Path.cwd()}). Correct the path."
-        case LlavaDataConfig():
-            for key in ("path", "held_out_path"):
-                path = getattr(data, key)
-                if path is not None and not Path(path).is_file():
-                    yield f"data.{key} is {path!r}, which is not a file here ({Path.cwd()}). Correct the path."
-            if data.image_folder is not None and not Path(data.image_folder).is_dir():
-                yield f"data.image_folder is {data.image_folder!r}, but there is no such folder here ({Path.cwd()})."
-            if data.tokenizer is not None and not Path(data.tokenizer).exists():
-                yield f"data.tokenizer is {data.tokenizer!r}, which does not exist here ({Path.cwd()}). Correct it."
-        case TokenShardsConfig(path=str(path)) if not (Path(path) / SHARD_INDEX_FILE).is_file():
-            yield (
-                f"data.path is {path!r}, which has no {SHARD_INDEX_FILE} here ({Path.cwd()}). Correct the path, or "
-                "write the folder with `dynmoe tokenize`."
-            )
-        case MegatronIndexedConfig():
-            names = [f"{path}{ending}" for path in data.paths for ending in (".idx", ".bin")]
-            if missing := [name for name in names if not Path(name).is_file()]:
-                yield (
-                    f"data.paths needs {', '.join(missing)}, which cannot be found here ({Path.cwd()}). Name data sets "
-                    "without .bin and .idx, or write them with `dynmoe data index`."
-                )
-            if data.tokenizer is not None and not Path(data.tokenizer).exists():
-                yield f"data.tokenizer is {data.tokenizer!r}, which does not exist here ({Path.cwd()}). Correct it."
-
-
 def _optim(optim: OptimConfig) -> Iterator[str]:
     if not optim.lr > 0:
         yield f"optim.lr is {optim.lr} but must be above 0."
@@ -437,7 +157,7 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
         beta = getattr(optim, name)
         if not 0 <= beta < 1:
             yield f"optim.{name} is {beta} but must be at least 0 and below 1."
-    yield from _at_least("optim", optim, 0, "weight_decay", "warmup_steps")
+    yield from at_least("optim", optim, 0, "weight_decay", "warmup_steps")
     if not 0 <= optim.final_lr_fraction <= 1:
         yield f"optim.final_lr_fraction is {optim.final_lr_fraction} but must be between 0 and 1."
     if not optim.gradient_clipping >= 0:
@@ -445,13 +165,13 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
 
 
 def _training(training: TrainingConfig) -> Iterator[str]:
-    yield from _at_least(
+    yield from at_least(
         "training", training, 1, "steps", "micro_batch_size", "gradient_accumulation_steps", "log_every_steps",
         "eval_every_steps",
     )  # fmt: skip
     if training.eval_sequences is not None:
-        yield from _at_least("training", training, 1, "eval_sequences")
-    yield from _at_least("training", training, 0, "sample_tokens")
+        yield from at_least("training", training, 1, "eval_sequences")
+    yield from at_least("training", training, 0, "sample_tokens")
     if training.sample_tokens > 0 and not training.sample_prompt:
         yield (
             f"training.sample_prompt is empty but training.sample_tokens is {training.sample_tokens}. Give a prompt, "
@@ -501,8 +221,8 @@ def _telemetry(telemetry: TelemetryConfig) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[..., Iterator[str]], ...] = (
-    _seed, _run_dir, _checkpoint, _model, _model_for_data, _expert_for_model, _parallel, _slots, _data, _data_files,
-    _optim, _training, _roll_back, _sample_for_data, _warmup, _adaptation, _rule, _telemetry,
-    _stage,
+    _seed, _run_dir, _checkpoint, *model_faults.CHECKS, _parallel, _slots, *data_faults.CHECKS,
+    *data_faults.CHECKS_OF_FILES, _optim, _training, _roll_back, _sample_for_data, _warmup, _adaptation, _rule,
+    _telemetry, _stage,
 )  # fmt: skip
-_CHECKS_OF_FILES = (_run_dir, _data_files)
+_CHECKS_OF_FILES = (_run_dir, *data_faults.CHECKS_OF_FILES)

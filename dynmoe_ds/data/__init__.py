@@ -4,11 +4,18 @@
 """
 
 from dynmoe_ds.data.conversations import BrokenSamples
-from dynmoe_ds.data.examples import Examples
+from dynmoe_ds.data.examples import Examples, SlowExamples
 from dynmoe_ds.data.glue import GlueData, load_glue_data
 from dynmoe_ds.data.image_folder import ImageFolderData, load_image_folder
 from dynmoe_ds.data.image_statistics import ImageStatistics, read_image_statistics
-from dynmoe_ds.data.llava import ConversationData, ConversationExamples, ImageInput, load_conversations, read_picture
+from dynmoe_ds.data.llava import (
+    ConversationData,
+    ConversationExamples,
+    ImageInput,
+    load_conversations,
+    modality_of,
+    read_picture,
+)
 from dynmoe_ds.data.loading import BatchLoader
 from dynmoe_ds.data.megatron_indexed import BlendedWindows, MegatronIndexedData, load_megatron_indexed
 from dynmoe_ds.data.order import Grouping, HeldOutOrder, TrainingOrder
@@ -35,6 +42,7 @@ __all__ = [
     "ImageInput",
     "ImageStatistics",
     "MegatronIndexedData",
+    "SlowExamples",
     "TextData",
     "TokenSequences",
     "TokenShardData",
@@ -49,6 +57,7 @@ __all__ = [
     "load_pretrained_tokenizer",
     "load_text_data",
     "load_token_shards",
+    "modality_of",
     "read_image_statistics",
     "read_picture",
     "save_tokenizer",

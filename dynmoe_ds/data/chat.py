@@ -44,14 +44,14 @@ def encode(
 
     What is learned is tokenised apart from what is not, so that the prompt of a conversation, which is tokenised in the
     same way when the model is used, is always the start of its ids. The tokenizer's BOS token, if it adds one, is the
-    first.
+    first; it is not added to a template that begins with it, as those of Llama, Mistral and Gemma do.
     Raises: DataError for a template that does not exist or that the tokenizer lacks.
     """
     if template not in TEMPLATES:
         raise DataError(f"There is no chat template called {template!r}. Use {', '.join(TEMPLATES)}.")
-    ids: list[int] = _first_ids(tokenizer)
+    segments = list(TEMPLATES[template](conversation, tokenizer))
+    ids = _first_ids(tokenizer, "".join(text for text, _ in segments))
     labels = [IGNORED] * len(ids)
-    segments = TEMPLATES[template](conversation, tokenizer)
     for is_learned, group in groupby(segments, key=lambda segment: segment[1]):
         text = "".join(text for text, _ in group)
         for i, piece in enumerate(text.split(IMAGE_MARKER)):
@@ -85,10 +85,12 @@ def encode_prompt(
     return tokens.input_ids[:num_prompt]
 
 
-def _first_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """BOS, if the tokenizer puts it before a text."""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None else []
+def _first_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """BOS, if the tokenizer puts it before a text, and this one does not begin with it: as transformers' processors."""
+    if tokenizer.bos_token is None or text.startswith(tokenizer.bos_token):
+        return []
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def _pairs(conversation: Conversation) -> Iterator[tuple[Turn, Turn]]:

@@ -221,6 +221,18 @@ class ConversationExamples:
         return True
 
 
+def token_kinds_of(sample_kinds: Iterable[str]) -> tuple[str, ...]:
+    """The kinds of tokens: text and image of samples without a kind of their own, then of each kind."""
+    suffixes = ["", *(f" {kind}" for kind in sample_kinds)]
+    return tuple(f"{modality}{suffix}" for suffix in suffixes for modality in (TEXT_KIND, IMAGE_KIND))
+
+
+def modality_of(token_kind: str) -> tuple[str, str | None] | None:
+    """Modality and kind of sample, where it has one, of a kind of `token_kinds_of`; None for any other."""
+    modality, _, sample_kind = token_kind.partition(" ")
+    return (modality, sample_kind or None) if modality in (TEXT_KIND, IMAGE_KIND) else None
+
+
 def read_picture(file: Path, wanted: ImageInput) -> Tensor:
     """[3, H, W] float32: the whole image in a square, as a tower wants it. Raises: DataError if it cannot be read."""
     # Rounded down, as LLaVA's code and transformers' processor do.
@@ -284,9 +296,9 @@ def _load(
     if len(all_broken):
         logger.warning("%d samples are left out.\n%s", len(all_broken), all_broken.summary())
     kinds = sorted({sample.kind for part in parts for sample in part if sample.kind is not None})
-    suffixes = ["", *(f" {kind}" for kind in kinds)]
-    token_kinds = tuple(f"{kind}{suffix}" for suffix in suffixes for kind in (TEXT_KIND, IMAGE_KIND))
-    form = InputForm(image=image, image_token_id=image_token_id, pad_token_id=pad_token_id, token_kinds=token_kinds)
+    form = InputForm(
+        image=image, image_token_id=image_token_id, pad_token_id=pad_token_id, token_kinds=token_kinds_of(kinds)
+    )
     train, held_out = (
         ConversationExamples(samples=tuple(part), form=form, on_broken=config.on_broken) for part in parts
     )

@@ -64,6 +64,8 @@ _NATIVE_CHECKPOINT_METHODS = (
 class Engine:
     """Made by `dynmoe_ds.initialize`. Whatever is not defined here is DeepSpeed's engine's.
 
+    host_group: all ranks, on host memory, so that an agreement waits for no accelerator; None for the default group.
+
     loss = engine(**batch).loss
     engine.backward(loss)
     engine.step()
@@ -94,7 +96,7 @@ class Engine:
         self._gradient_norm: float | None = None
         # Process groups are made now, since a store that is gone later, such as torchrun's, makes none any more.
         self._writer = CheckpointWriter()
-        self._host_group = _group_on_host()
+        self.host_group = _group_on_host()
         self.last_aux_loss: Tensor = torch.zeros(())
         self._watch = NonFiniteWatch()
         self._watch.attach(self._deepspeed)
@@ -208,7 +210,7 @@ class Engine:
         self._construction.check_removable()
         attempt_together(self.masters.check_states)
         self.records.close()
-        before, group, rng = self.placements(), self._host_group, rng_state()
+        before, group, rng = self.placements(), self.host_group, rng_state()
         restore(self, SnapshotInMemory(take_snapshot(self, None), group), group, self._num_slots() | wanted)
         self.records.renumber(before)
         restore_rng(rng)

@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -28,6 +29,7 @@ from dynmoe_ds.export.model import build_layer, describe_layer
 from dynmoe_ds.models import shared_expert
 from dynmoe_ds.moe import moe_layers
 
+HUGGING_FACE_FILE = "config.json"
 PREFIX = "dynmoe_"
 """What the model types begin with: a Llama with experts is a `dynmoe_llama`."""
 
@@ -90,9 +92,30 @@ def export_hugging_face(model: PreTrainedModel, folder: str | Path, beside: Sequ
         raise CheckpointError(f"The model cannot be written to {folder}: {error}. Nothing is left of it.") from error
 
 
+def load_hugging_face(folder: str | Path) -> PreTrainedModel:
+    """The model in a folder of `export_hugging_face`, or in another of Hugging Face's format: on the CPU, evaluating.
+
+    A decoder of text, or else a vision-language model, in the dtype of its files. Nothing is downloaded.
+    Raises: CheckpointError for a folder that holds no such model.
+    """
+    register_auto_classes()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries raise whatever the first wrong byte leads to
+        raise CheckpointError(
+            f"{folder} holds no model that can be loaded ({type(error).__name__}: {error})."
+        ) from error
+
+
 @cache
 def moe_class(kind: Any) -> Any:
-    """The class of transformers `kind` with the experts that `config.moe_layers` describes in the place of MLPs."""
+    """The class of transformers `kind` with the experts that `config.moe_layers` describes in the place of MLPs.
+
+    Its `parent_class` is `kind`.
+    """
     parent: Any = kind.config_class
     config_class = type(
         f"DynMoE{parent.__name__}",
@@ -114,7 +137,11 @@ def moe_class(kind: Any) -> Any:
                 )
             self.set_submodule(name, built)
 
-    return type(f"DynMoE{kind.__name__}", (kind,), {"__init__": __init__, "config_class": config_class})
+    return type(
+        f"DynMoE{kind.__name__}",
+        (kind,),
+        {"__init__": __init__, "config_class": config_class, "parent_class": kind},
+    )
 
 
 def _plain(layers: Mapping[str, LayerManifest]) -> dict[str, Any]:

@@ -109,13 +109,28 @@ def describe_model(module: nn.Module) -> Manifest:
                 f"{name} is in a model with tensor parallelism, which cannot be saved yet: a shard of a parameter "
                 "would be taken for the whole."
             )
-    config = json.loads(module.config.to_json_string(use_diff=False)) if isinstance(module, PreTrainedModel) else None
+    kind, config = _without_layers(module)
     return Manifest(
-        model_class=type(module).__name__,
+        model_class=kind.__name__,
         config=config,
         layers={name: describe_layer(layer, config or {}) for name, layer in layers.items()},
         tied=tied_names(module),
     )
+
+
+def _without_layers(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any] | None]:
+    """The class and configuration of the model whose MLPs' places the layers take."""
+    kind = type(module)
+    if not isinstance(module, PreTrainedModel):
+        return kind, None
+    config: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=False))
+    parent: Any = getattr(kind, "parent_class", None)
+    if parent is None:
+        return kind, config
+    # Of `export_hugging_face`, whose configuration describes the layers; here the manifest does.
+    own = ("moe_layers", "output_bias", "architectures")
+    plain = {key: value for key, value in config.items() if key not in own}
+    return parent, plain | {"model_type": parent.config_class.model_type}
 
 
 def _fingerprint(manifest: Manifest, stored: list[Entry]) -> dict[str, Any]:

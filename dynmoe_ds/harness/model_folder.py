@@ -6,31 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dynmoe_ds.data import load_pretrained_tokenizer
-from dynmoe_ds.errors import CheckpointError, DataError
-from dynmoe_ds.export import load_model, register_auto_classes
+from dynmoe_ds.errors import DataError
+from dynmoe_ds.export import load_model
+from dynmoe_ds.export.hugging_face import HUGGING_FACE_FILE
 from dynmoe_ds.export.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from dynmoe_ds.moe import moe_layers, watch_padding
-from dynmoe_ds.training.saved_run import CONFIG_FILE, SavedRun, is_imported
-from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
+from dynmoe_ds.telemetry.run_folder import CONFIG_FILE
+from dynmoe_ds.training.saved_run import SavedRun, is_hugging_face, is_imported
 
-HUGGING_FACE_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
 def check_model_folder(folder: Path) -> None:
     """Raises: DataError for a folder that `load_model_folder` knows nothing of."""
     is_run = any((place / CONFIG_FILE).exists() for place in (folder, *folder.absolute().parents[:2]))
-    is_model = is_imported(folder) or _is_saved_model(folder) or (folder / HUGGING_FACE_FILE).exists()
+    is_model = is_imported(folder) or _is_saved_model(folder) or is_hugging_face(folder)
     if not is_run and not is_model:
         raise DataError(
             f"{folder} has no {CONFIG_FILE}, {MANIFEST_FILE} or {HUGGING_FACE_FILE} (seen from {Path.cwd()}). Name the "
@@ -41,7 +34,7 @@ def check_model_folder(folder: Path) -> None:
 def load_model_folder(
     folder: Path, tokenizer: Path | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model that `SavedRun`, `load_model` or Hugging Face's `from_pretrained` reads there, and its tokenizer.
+    """The model that `SavedRun` or `load_model` reads there, and its tokenizer.
 
     The model is in evaluation mode; its layers know their names, and padding by its `attention_mask`. tokenizer: its
     folder, None for the model's own. device: None, or CUDA where there is none, takes the accelerator if there is one.
@@ -51,14 +44,14 @@ def load_model_folder(
     `SavedRun`; CheckpointError for a model that cannot be loaded.
     """
     check_model_folder(folder)
-    if (is_hugging_face := (folder / HUGGING_FACE_FILE).exists()) or _is_saved_model(folder):
-        model, own = (_from_pretrained if is_hugging_face else load_model)(folder), folder
+    if _is_saved_model(folder):
+        model, own = load_model(folder), folder
         watch_padding(model)
         for name, layer in moe_layers(model).items():
             layer.name = name
     else:
         run = SavedRun(folder)
-        model, own = run.model, run.folder / TOKENIZER_FOLDER
+        model, own = run.model, run.tokenizer_folder
     # The harness's own command says cuda:0 where the user says nothing.
     if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -69,19 +62,6 @@ def load_model_folder(
 
 def _is_saved_model(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).exists() and (folder / WEIGHTS_FILE).exists()
-
-
-def _from_pretrained(folder: Path) -> PreTrainedModel:
-    register_auto_classes()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        kind: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the libraries raise whatever the first wrong byte leads to
-        raise CheckpointError(
-            f"{folder} holds no model that can be loaded ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _tokenizer(place: Path, model: PreTrainedModel, folder: Path) -> PreTrainedTokenizerFast:

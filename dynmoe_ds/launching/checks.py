@@ -24,7 +24,7 @@ from dynmoe_ds.launching.freeze import sweep_table
 from dynmoe_ds.launching.hostfile import read_hostfile
 from dynmoe_ds.launching.kubernetes import job_name
 from dynmoe_ds.launching.runs import Runs
-from dynmoe_ds.telemetry.sweep import SWEEP_FILE
+from dynmoe_ds.telemetry.run_folder import SWEEP_FILE
 
 # Keys of the run's configuration that name a file or a folder, whatever section they are of.
 _PATH_KEYS = frozenset(
@@ -53,7 +53,7 @@ _PACKAGES = {
 def find_launch_faults(launch: AnyLaunchConfig, runs: Runs) -> list[str]:
     """One sentence per reason why the job could not be submitted or would fail at its start; empty when there is none.
 
-    Which programs are there is left out: see `find_missing_programs`.
+    Left out is what needs less than whole runs: see `find_rank_faults` and `find_missing_programs`.
     """
     faults: list[str] = []
     if not isinstance(launch, KubernetesConfig):  # whose files are on a volume that only pods see
@@ -64,14 +64,26 @@ def find_launch_faults(launch: AnyLaunchConfig, runs: Runs) -> list[str]:
         case LocalConfig():
             pass
         case HostsConfig():
-            faults += _hosts(launch, runs)
+            faults += _missing_python(launch.python)
+            if runs.is_sweep:
+                faults.append(
+                    "A sweep is launched on hosts, which would run at the same time. Use launch=slurm or launch=local."
+                )
         case SlurmConfig():
-            faults += _nodes(launch.nodes, launch.gpus_per_node, runs.num_ranks)
             faults += _slurm(launch, runs)
         case KubernetesConfig():
-            faults += _nodes(launch.nodes, launch.gpus_per_node, runs.num_ranks)
             faults += _kubernetes(launch, runs)
     return faults
+
+
+def find_rank_faults(launch: AnyLaunchConfig, num_ranks: int) -> list[str]:
+    """One sentence per reason why so many ranks do not fit the nodes or hosts, whatever else is wrong with the run."""
+    match launch:
+        case HostsConfig():
+            return list(_slots(launch, num_ranks))
+        case SlurmConfig() | KubernetesConfig():
+            return list(_nodes(launch.nodes, launch.gpus_per_node, num_ranks))
+    return []
 
 
 def find_missing_programs(launch: AnyLaunchConfig) -> list[str]:
@@ -101,7 +113,7 @@ def with_global_batch(runs: Runs, size: int | None) -> Runs:
 
     Raises: ConfigError where no whole number of micro steps does.
     """
-    if size is None:
+    if size is None or size < 1:  # reported by itself
         return runs
     faults: list[str] = []
     configs = []
@@ -131,7 +143,7 @@ def _nodes(nodes: int, gpus_per_node: int, ranks: int) -> Iterator[str]:
             f"as many. Use {_multiples(ranks, nodes)}, or another number of nodes."
         )
     per_node = -(-ranks // nodes)
-    if gpus_per_node and per_node > gpus_per_node:
+    if 0 < gpus_per_node < per_node:
         yield (
             f"parallel.num_ranks is {ranks}, which is {per_node} per node, but there are only {gpus_per_node} GPUs per "
             f"node x {nodes} {'node' if nodes == 1 else 'nodes'} = {gpus_per_node * nodes}. Use "
@@ -145,9 +157,7 @@ def _multiples(value: int, base: int) -> str:
     return f"{below} or {above}" if below else f"{above}"
 
 
-def _hosts(launch: HostsConfig, runs: Runs) -> Iterator[str]:
-    if runs.is_sweep:
-        yield "A sweep is launched on hosts, which would run at the same time. Use launch=slurm or launch=local."
+def _slots(launch: HostsConfig, ranks: int) -> Iterator[str]:
     if launch.hostfile is None:
         return  # reported by itself
     hosts, faults = read_hostfile(Path(launch.hostfile))
@@ -155,9 +165,9 @@ def _hosts(launch: HostsConfig, runs: Runs) -> Iterator[str]:
     if faults:
         return
     slots = sum(hosts.values())
-    if slots != runs.num_ranks:
+    if slots != ranks:
         yield (
-            f"parallel.num_ranks is {runs.num_ranks} but the {len(hosts)} hosts of {launch.hostfile} have {slots} slots"
+            f"parallel.num_ranks is {ranks} but the {len(hosts)} hosts of {launch.hostfile} have {slots} slots"
             f" together. Use parallel.num_ranks={slots}, or change the slots."
         )
     if isinstance(launch, TorchrunConfig) and len(set(hosts.values())) > 1:
@@ -177,6 +187,8 @@ def _slurm(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
             "launch.requeue is true but checkpoint.resume is never, so that the job would refuse its own run folder "
             "when it starts again. Use checkpoint.resume=auto, or launch.requeue=false."
         )
+    if launch.container == "none":  # an image has its own
+        yield from _missing_python(launch.python)
     image = launch.image
     if image is not None and (image.startswith(("/", "./", "../", "~")) or image.endswith(_IMAGE_SUFFIXES)):
         if not Path(image).exists():
@@ -195,7 +207,7 @@ def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
     if runs.is_sweep:
         yield "A sweep is launched on Kubernetes, which gets one job at a time. Launch its runs one by one."
     name = job_name(launch, runs)
-    if not DNS_LABEL.fullmatch(name):
+    if launch.job_name is None and not DNS_LABEL.fullmatch(name):  # that one is reported by itself
         yield (
             f"The run folder's name {name!r} cannot be a job's in Kubernetes. Set launch.job_name to small letters, "
             "digits and '-'."
@@ -235,6 +247,15 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
     for key, value in _paths(config, ""):
         if not Path(value).exists():
             yield f"{key} is {value!r}, which does not exist here ({Path.cwd()}). Correct the path."
+
+
+def _missing_python(python: str | None) -> Iterator[str]:
+    """Of an interpreter that is named by its path: hosts and nodes see it where it is here."""
+    if python is not None and "/" in python and not Path(python).exists():
+        yield (
+            f"launch.python is {python!r}, which does not exist here ({Path.cwd()}). Correct the path, or give a name "
+            "without '/' for what is on the PATH there."
+        )
 
 
 def _paths(section: Any, name: str) -> Iterator[tuple[str, str]]:

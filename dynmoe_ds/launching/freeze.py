@@ -14,9 +14,8 @@ from dynmoe_ds.config.load import to_plain, to_yaml
 from dynmoe_ds.config.validate import LAUNCH_FOLDER
 from dynmoe_ds.launching.config import AnyLaunchConfig
 from dynmoe_ds.launching.runs import Runs
-from dynmoe_ds.telemetry.run_folder import collect_versions
+from dynmoe_ds.telemetry.run_folder import SWEEP_FILE, collect_versions
 from dynmoe_ds.telemetry.run_owner import refuse_if_in_use
-from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 
 PACKAGES = ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs")
 _CODE, _CONFIG = "code", "config.yaml"

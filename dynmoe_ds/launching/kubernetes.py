@@ -102,6 +102,8 @@ def _mpi_job(launch: KubernetesConfig, runs: Runs, name: str) -> dict[str, Any]:
         "metadata": {"name": name, "namespace": launch.namespace},
         "spec": {
             "slotsPerWorker": ranks,
+            # mpirun fails if a worker has no sshd yet, and each failure is one of the restarts.
+            "launcherCreationPolicy": "WaitForWorkersReady",
             "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": launch.restarts},
             "mpiReplicaSpecs": {
                 "Launcher": _replicas(launch, name, 1, launcher),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynmoe_ds.config.build import build_section
+from dynmoe_ds.config.build import build_what_can_be
 from dynmoe_ds.config.groups import LAUNCH_GROUP, launch_names
 from dynmoe_ds.config.own_groups import read_option
 from dynmoe_ds.errors import ConfigError
@@ -32,8 +32,20 @@ def load_launch(name: str, values: Sequence[tuple[str, Any]]) -> AnyLaunchConfig
 
     Raises: ConfigError with every fault: an unknown name, unknown keys, wrong and impossible values.
     """
-    plain = read_option(LAUNCH_GROUP, name, launch_names(), values)
+    launch, faults = load_what_can_be(name, values)
+    if faults:
+        raise ConfigError(faults)
+    assert launch is not None, name
+    return launch
+
+
+def load_what_can_be(name: str, values: Sequence[tuple[str, Any]]) -> tuple[AnyLaunchConfig | None, list[str]]:
+    """As `load_launch`, but returns the faults with the configuration, None where it cannot be made."""
+    try:
+        plain = read_option(LAUNCH_GROUP, name, launch_names(), values)
+    except ConfigError as error:
+        return None, list(error.faults)
     kind = plain.get("name")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigError(f"launch.name is {kind!r}. Use {', '.join(_KINDS)}.")
-    return build_section(_KINDS[kind], plain, LAUNCH_GROUP)
+        return None, [f"launch.name is {kind!r}. Use {', '.join(_KINDS)}."]
+    return build_what_can_be(_KINDS[kind], plain, LAUNCH_GROUP)

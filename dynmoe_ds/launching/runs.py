@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from dynmoe_ds.config.load import load_config
+from dynmoe_ds.config.load import load_config, load_sections
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.errors import ConfigError
 
@@ -71,6 +71,17 @@ def load_runs(overrides: Sequence[str], *, check_files: bool = True) -> Runs:
     if faults:
         raise ConfigError(faults)
     return Runs(folder=folder, configs=tuple(configs), choices=choices)
+
+
+def find_num_ranks(overrides: Sequence[str]) -> int | None:
+    """Ranks of the run of overrides, or of the first of a sweep, whatever is wrong beside them; None where they are."""
+    common, swept, _ = _split_sweep(overrides)
+    try:
+        sections = load_sections([*common, *(values[0] for values in swept)]).sections
+    except ConfigError:
+        return None
+    ranks = sections["parallel"].num_ranks if "parallel" in sections else 0
+    return ranks if ranks >= 1 else None
 
 
 def _with_absolute_folder(config: RunConfig) -> RunConfig:

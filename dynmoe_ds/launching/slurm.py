@@ -101,11 +101,13 @@ def _body(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
         "while kill -0 $step 2>/dev/null; do wait $step; code=$?; done",
     )
     if launch.requeue:
+        # SLURM_JOB_ID of an array's last task is the number of the whole array, all of which would be requeued.
+        job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if runs.is_sweep else "$SLURM_JOB_ID"
         yield from (
             "",
             f"# {EXIT_PREEMPTED}: a checkpoint was written, from which the same script goes on.",
             f"if [ $code = {EXIT_PREEMPTED} ]; then",
-            '  scontrol requeue "$SLURM_JOB_ID"',
+            f'  scontrol requeue "{job}"',
             "  sleep 60  # until Slurm has taken this script away",
             "fi",
         )

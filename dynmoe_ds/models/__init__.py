@@ -16,6 +16,7 @@ from dynmoe_ds.models.vision_language import (
     llava_backbone,
     take_conversations,
     tokens_per_image,
+    trained_parameters,
 )
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "shared_ffn_hidden_size",
     "take_conversations",
     "tokens_per_image",
+    "trained_parameters",
     "vit_backbone",
 ]

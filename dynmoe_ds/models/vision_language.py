@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +31,7 @@ from dynmoe_ds.models.pretrained import pretrained_config, pretrained_model
 from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.models.rotary import keep_frequencies_exact
 from dynmoe_ds.moe import MoELayer, upcycle
+from dynmoe_ds.routing import RouterConfig, TopAnyConfig
 
 VISION, TEXT = "model.vision_pretrained", "model.text_pretrained"
 # The features before the tower's last layer, as in LLaVA.
@@ -42,6 +45,8 @@ PACKABLE = ("gemma", "llama", "mistral", "phi", "qwen2", "stablelm")
 _MASKED_ATTENTION = ("eager", "sdpa")
 # What a folder of a whole CLIP or SigLIP says of itself; its vision tower is a part of it.
 _PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +100,10 @@ def build_vision_language(config: RunConfig, backbone: LlavaConfig) -> LlavaForC
 def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConfig) -> LlavaForConditionalGeneration:
     """`model` itself, ready for the stage: with experts if the stage has them, and all frozen but what it trains.
 
-    Experts are made once, from the FFNs of the stage before; a model that has MoELayers already keeps them.
-    Collective: every rank. Raises: ConfigError, on every rank, for layers or sizes that cannot work, a kind of expert
-    other than the model's, or a model with experts in a stage that has none.
+    Experts are made once, from the FFNs of the stage before; a model that has MoELayers already keeps them, and their
+    temperatures unless `config.router` sets another than the default.
+    Collective: every rank. Raises: ConfigError, on every rank, for layers or sizes that cannot work, a router or a kind
+    of expert other than the model's, or a model with experts in a stage that has none.
     """
     sizes, stage = config.model, config.stage
     assert isinstance(sizes, LlavaModelConfig) and stage is not None, (type(sizes).__name__, stage)
@@ -119,13 +125,9 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
                 ep_size=config.parallel.ep_size,
                 seed=config.seed,
             )
-        others = {str(m.router.config) for m in model.modules() if isinstance(m, MoELayer)} - {str(config.router)}
-        if others:
-            raise ConfigError(
-                f"stage.start is {stage.start}, whose routers are {min(others)}, but the section router says "
-                f"{config.router}. Use that router."
-            )
-        kinds = {layer.expert_kind for layer in model.modules() if isinstance(layer, MoELayer)}
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        _check_routers(layers, config.router, stage.start)
+        kinds = {layer.expert_kind for layer in layers}
         if kinds - {config.expert.kind}:
             raise ConfigError(
                 f"expert.kind is {config.expert.kind} but the language model's FFNs are {', '.join(sorted(kinds))}. "
@@ -138,6 +140,25 @@ def finish_vision_language(model: LlavaForConditionalGeneration, config: RunConf
     take_conversations(model)
     freeze_all_but(model, stage.trained)
     return model
+
+
+def _check_routers(layers: Sequence[MoELayer], wanted: RouterConfig, start: str | None) -> None:
+    """Raises: ConfigError for routers other than `wanted`."""
+    default, kept = TopAnyConfig().temperature, []
+    for layer in layers:
+        own, matching = layer.router.config, wanted
+        # DynMoE's authors learn a temperature in every layer, so no section can name those of an imported model.
+        if isinstance(own, TopAnyConfig) and isinstance(wanted, TopAnyConfig) and wanted.temperature == default:
+            matching = replace(wanted, temperature=own.temperature)
+            kept.append(own.temperature)
+        if own != matching:
+            raise ConfigError(
+                f"stage.start is {start}, whose routers are {own}, but the section router says {wanted}. Use that "
+                "router."
+            )
+    if any(temperature != default for temperature in kept) and (not dist.is_initialized() or dist.get_rank() == 0):
+        told = ", ".join(f"{temperature:.4g}" for temperature in kept)
+        logger.info("The routers keep the temperatures that they have in %s: %s", start, told)
 
 
 def take_conversations(model: LlavaForConditionalGeneration) -> None:
@@ -182,6 +203,12 @@ def _trained_modules(model: LlavaForConditionalGeneration, trained: Sequence[str
                 layers = [module for module in inner.modules() if isinstance(module, MoELayer)]
                 found += [part for layer in layers for part in (layer.router, layer.experts)]
     return found
+
+
+def trained_parameters(model: LlavaForConditionalGeneration, trained: Sequence[str]) -> set[str]:
+    """Names of the parameters of the named parts (`StageConfig.trained`), a tied one once."""
+    wanted = {id(param) for module in _trained_modules(model, trained) for param in module.parameters()}
+    return {name for name, param in model.named_parameters() if id(param) in wanted}
 
 
 def _backbone(model: LlavaModelConfig, vocabulary: Vocabulary, image_size: int, max_length: int) -> LlavaConfig:

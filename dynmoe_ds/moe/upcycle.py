@@ -106,6 +106,9 @@ class _Form:
     exit: str | None = None
 
 
+# Of an FFN in a layer; only for what an error says.
+_USUAL_NAMES = ("mlp", "ffn", "ff", "feed_forward", "feedforward", "block_sparse_moe")
+
 _GATED = ("swiglu", "geglu_tanh", "geglu")
 _TWO_LAYER = ("gelu", "gelu_tanh", "quick_gelu")
 _FORMS = (
@@ -161,7 +164,8 @@ class FFN:
 def find_ffns(model: nn.Module) -> dict[int, FFN]:
     """The FFNs of the model by layer.
 
-    Raises: ConfigError if there are none, or in more than one place, or if the model was upcycled before.
+    Raises: ConfigError if there are none, with what is there instead, or in more than one place, or if the model was
+    upcycled before.
     """
     if present := [name for name, module in model.named_modules() if isinstance(module, MoELayer)]:
         raise ConfigError(
@@ -179,7 +183,8 @@ def find_ffns(model: nn.Module) -> dict[int, FFN]:
     if not by_place:
         raise ConfigError(
             f"{type(model).__name__} has no feed-forward network of a known form in numbered layers. Known are "
-            f"{'; '.join(', '.join(form.linears.values()) for form in _FORMS)}, each an nn.Linear."
+            f"{'; '.join(', '.join(form.linears.values()) for form in _FORMS)}, each an nn.Linear. Found: "
+            f"{_found_instead(model)}."
         )
     if len(by_place) > 1:
         raise ConfigError(
@@ -187,6 +192,20 @@ def find_ffns(model: nn.Module) -> dict[int, FFN]:
             "part of the model that holds one of them, for example upcycle(model.get_submodule('...'))."
         )
     return next(iter(by_place.values()))
+
+
+def _found_instead(model: nn.Module) -> str:
+    """What is called as FFNs usually are in numbered layers, or else what these layers hold."""
+    place_of: dict[str, str] = {}
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if any(part.isdigit() for part in parts) and any(True for _ in module.children()):
+            place = ".".join("*" if part.isdigit() else part for part in parts)
+            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
+            place_of[f"{place} ({type(module).__name__}) with {children}"] = place
+    usual = [text for text, place in place_of.items() if place.rpartition(".")[2] in _USUAL_NAMES]
+    layers = [text for text, place in place_of.items() if place.endswith("*")]
+    return "; ".join(usual or layers) or "no numbered layers with modules in them"
 
 
 def _has_form(block: nn.Module, form: _Form) -> bool:

@@ -15,7 +15,7 @@ from dynmoe_ds.routing.router import (
     router_config,
     router_names,
 )
-from dynmoe_ds.routing.token_kinds import mean_k_per_kind
+from dynmoe_ds.routing.token_kinds import kind_totals, mean_k_per_kind
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -39,6 +39,7 @@ __all__ = [
     "TopKConfig",
     "TopPConfig",
     "build_router",
+    "kind_totals",
     "mean_k_per_kind",
     "register_router",
     "router_config",

@@ -55,7 +55,12 @@ def count_kinds(
 
 
 def mean_k_per_kind(record: RoutingRecords) -> list[float]:
-    """Experts per real token of each kind, fallback included; NaN for a kind without tokens. Waits for the device.
+    """Experts per real token of each kind, fallback included; NaN for a kind without tokens. As `kind_totals`."""
+    return [math.nan if tokens == 0 else chosen / tokens for tokens, chosen in kind_totals(record)]
+
+
+def kind_totals(record: RoutingRecords) -> list[tuple[float, float]]:
+    """Real tokens of each kind, and how many experts they took, fallback included. Waits for the device.
 
     Empty where no kinds were declared. Raises: RoutingError for tokens of an undeclared kind or `token_kinds` of a
     wrong shape; for records that are summed over ranks, on every rank alike.
@@ -75,4 +80,4 @@ def mean_k_per_kind(record: RoutingRecords) -> list[float]:
             f"{undeclared:.0f} tokens have a kind above {len(tokens) - 1}, but {len(tokens)} kinds are declared. Name "
             "every kind in dynmoe_ds.initialize(token_kinds=...), or give -1 to tokens without a kind."
         )
-    return [math.nan if n == 0 else k / n for k, n in zip(assignments, tokens, strict=True)]
+    return list(zip(tokens, assignments, strict=True))

@@ -30,6 +30,7 @@ from dynmoe_ds.telemetry.drawing import (
 from dynmoe_ds.telemetry.exact_match_pictures import draw_exact_match_of_runs, exact_match
 from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.page import answers, figure, page, table
+from dynmoe_ds.telemetry.rank_pictures import sent_bytes_per_token
 from dynmoe_ds.telemetry.report import REPORT_FILE, UNKNOWN
 from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, METRICS_FILE
 from dynmoe_ds.telemetry.sweep import STATE, Sweep, SweptRun, label, remarks, summary_table
@@ -167,6 +168,7 @@ _FACTS: dict[str, Callable[[RunHistory], str]] = {
     "active parameters": lambda one: _last_short(one, "moe/active_parameters"),
     "tokens/s (median)": lambda one: _median_rate(one),
     "of a step computing": lambda one: f"{shares['compute']:.0%}" if (shares := time_shares(one)) else "–",
+    "bytes/token between ranks": lambda one: "–" if (sent := sent_bytes_per_token(one)) is None else short_number(sent),
     "most memory (GiB)": lambda one: _highest(one, "train/peak_memory_gib"),
     "time": lambda one: UNKNOWN if one.time_s is None else spoken_time(one.time_s),
 }

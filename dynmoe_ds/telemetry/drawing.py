@@ -16,13 +16,17 @@ from dynmoe_ds.telemetry.trackers import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
 WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 110
 SMOOTHING_FROM_POINTS = 150
 MAX_LETTERS_BELOW = 90  # names of layers that fit side by side under an axis
+MAX_EVENT_LINES = 40
 CALMED_NOTE = " Lines are moving means."
+BIRTH_COLOUR, DEATH_COLOUR = "#1a7f37", "#cf222e"
+UNKNOWN_COLOUR = "#bbbbbb"
 LAYER_COLOURS = (
     *("#1f77b4", "#d9480f", "#2a9d5c", "#8e44ad", "#b8860b", "#c2185b", "#0097a7", "#5d4037"),
     "#7f7f7f",
@@ -158,11 +162,26 @@ def tokens_above(axes: Axes, history: RunHistory) -> str:
     return " The upper axis counts the training tokens seen."
 
 
+def mark_events(axes: Axes, history: RunHistory) -> str:
+    """Thin lines where experts were born or pruned, and the caption's sentence about them."""
+    steps = sorted({step for layer in history.layers for step, _ in [*layer.births, *layer.deaths]})
+    if not steps or len(steps) > MAX_EVENT_LINES:
+        return ""
+    for step in steps:
+        axes.axvline(step, color="#777777", linewidth=0.9, linestyle=":", zorder=1)
+    return " Dotted vertical lines: experts were born or pruned."
+
+
 def whole_numbers(axis: Any) -> None:
     """Ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def rows_height(num_rows: int) -> float:
+    """Inches of a figure with a labelled row for each of so many things."""
+    return 1.3 + 0.24 * max(num_rows, 3)
 
 
 def legend_beside(axes: Axes) -> None:
@@ -171,6 +190,6 @@ def legend_beside(axes: Axes) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def colour_bar(figure: Figure, axes: Axes, mappable: Any, label: str) -> None:
+def colour_bar(figure: Figure, axes: Axes, mappable: Any, label: str) -> Colorbar:
     """A bar beside the axes that says what the colours mean."""
-    figure.colorbar(mappable, ax=axes, label=label, pad=0.02, aspect=14, fraction=0.06)
+    return figure.colorbar(mappable, ax=axes, label=label, pad=0.02, aspect=14, fraction=0.06)

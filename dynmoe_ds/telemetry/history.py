@@ -36,12 +36,16 @@ class ExpertLife:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadLine:
-    """How many tokens chose each expert of one layer in the steps (`from_step`, `to_step`]."""
+    """How many tokens chose each expert of one layer in the steps (`from_step`, `to_step`].
+
+    rows_per_rank: what each rank of an expert-parallel group had to compute of them; empty where it was not recorded.
+    """
 
     from_step: int
     to_step: int
     tokens_per_expert: dict[int, int]
     num_tokens: int
+    rows_per_rank: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +203,7 @@ def _loads(
                 to_step=step,
                 tokens_per_expert={int(expert_id): tokens for expert_id, tokens in one["load"].items()},
                 num_tokens=one["num_tokens"],
+                rows_per_rank=tuple(one.get("rows_per_rank", ())),
             )
             for before, (step, one) in zip(earlier, counts, strict=False)
         ]

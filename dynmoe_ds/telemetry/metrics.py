@@ -82,6 +82,9 @@ METRICS: dict[str, ListedMetric] = {
     "moe/mean_k/<layer>": _detailed("Experts chosen per token in one layer."),
     "moe/mean_k_per_kind/<kind>": _detailed("Experts chosen per token of one kind, averaged over layers."),
     "moe/mean_k_per_kind/<kind>/<layer>": _detailed("Experts chosen per token of one kind in one layer."),
+    "moe/mean_k_per_modality/image": _detailed("Experts chosen per token of an image, whatever is asked."),
+    "moe/mean_k_per_modality/text": _detailed("Experts chosen per token of text, whatever is asked."),
+    "moe/mean_k_per_question/<kind>": _detailed("Experts chosen per token of samples of one kind, images and text."),
     "moe/active_parameters": _brief(
         "Parameters that an average token meets: all but the experts, and the experts it chose."
     ),
@@ -118,6 +121,11 @@ METRICS: dict[str, ListedMetric] = {
     "eval/mean_k/<layer>": _detailed("Experts chosen per held-out token in one layer."),
     "eval/mean_k_per_kind/<kind>": _detailed("Experts chosen per held-out token of one kind, averaged over layers."),
     "eval/mean_k_per_kind/<kind>/<layer>": _detailed("Experts chosen per held-out token of one kind in one layer."),
+    "eval/mean_k_per_modality/image": _detailed("Experts chosen per held-out token of an image, whatever is asked."),
+    "eval/mean_k_per_modality/text": _detailed("Experts chosen per held-out token of text, whatever is asked."),
+    "eval/mean_k_per_question/<kind>": _detailed(
+        "Experts chosen per held-out token of samples of one kind, images and text."
+    ),
     "eval/active_parameters": _brief("Parameters that an average held-out token meets."),
     "eval/forward_flops_per_token": _detailed(
         "FLOPs of matrix products in the forward pass of an average held-out token."
@@ -144,7 +152,12 @@ OF_THE_MACHINE: frozenset[str] = frozenset(
         "train/peak_memory_gib",
     }
 )
-"""What differs between two runs that are otherwise the same."""
+"""What clocks and memory said, all of a run or rank by rank."""
+
+
+def is_of_the_machine(key: str) -> bool:
+    """Whether a key of a line of metrics may differ between two runs that are otherwise the same."""
+    return key == "time_s" or not OF_THE_MACHINE.isdisjoint((key, key.rpartition("/")[0]))
 
 
 def meaning_of(name: str) -> str:

@@ -11,6 +11,7 @@ from dynmoe_ds.telemetry.events import describe_change, has_change, out_of_slots
 from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
 from dynmoe_ds.telemetry.page import answers, figure, page, table
 from dynmoe_ds.telemetry.pictures import MAX_LAYERS_SHOWN, Picture, draw_pictures
+from dynmoe_ds.telemetry.rank_pictures import sent_bytes_per_token
 from dynmoe_ds.telemetry.run_folder import ADAPTATION_FILE, CONFIG_FILE, SAMPLE_FILE, VERSIONS_FILE
 from dynmoe_ds.telemetry.time_pictures import time_shares
 from dynmoe_ds.telemetry.trackers import short_number, spoken_time
@@ -91,6 +92,11 @@ def _facts(history: RunHistory) -> str:
         facts["of a step's time, computing"] = f"{shares['compute']:.0%}"
     if "train/peak_memory_gib" in history.series:
         facts["most memory of a rank"] = f"{max(history.series['train/peak_memory_gib'].values):.2f} GiB"
+    for modality in ("image", "text"):
+        if series := history.series.get(f"eval/mean_k_per_modality/{modality}"):
+            facts[f"experts per {modality} token, held-out, last"] = _last(series, ".2f")
+    if (sent := sent_bytes_per_token(history)) is not None:
+        facts["bytes between ranks per token, last"] = short_number(sent)
     for name, title in COSTS.items():
         if name in history.series:
             facts[f"{title}, last"] = _last_short(history.series[name])

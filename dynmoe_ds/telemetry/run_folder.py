@@ -30,6 +30,7 @@ ANSWERS_FILE = "answers.png"
 CHECKPOINT_FOLDER = "checkpoints"
 FINISHED_FILE = "finished.json"
 STOPPED_FILE = "stopped.json"
+SWEEP_FILE = "sweep.tsv"  # beside the run folders of a sweep
 LINE_FILES = (METRICS_FILE, EXPERTS_FILE, ADAPTATION_FILE)
 
 PACKAGES = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "dynmoe_ds": "dynmoe-ds"}
@@ -83,6 +84,8 @@ class RunFolder:
         """Append one line of loads: `{layer: {"load": {expert id: tokens}, "num_tokens": int, "num_unrouted": int}}`.
 
         `load` has every live expert, with 0 for one that nobody chose, and covers the steps since the last such line.
+        Where ranks share a layer's experts there is `"rows_per_rank": [int, ...]` as well: what each rank of an
+        expert-parallel group computed, all replicas of the group together.
         """
         self._append(EXPERTS_FILE, {"step": step, "layers": layers})
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.telemetry.history import RunHistory, Series, read_history
-from dynmoe_ds.telemetry.run_folder import METRICS_FILE
+from dynmoe_ds.telemetry.run_folder import METRICS_FILE, SWEEP_FILE
 from dynmoe_ds.telemetry.run_state import Progress, RunState, read_progress, read_state
 from dynmoe_ds.telemetry.trackers import short_list, spoken_time
 
-SWEEP_FILE = "sweep.tsv"
 SUMMARY_FILE = "sweep.md"
 NUMBERS_FILE = "sweep.csv"
 STATE = "state"

@@ -1,35 +1,35 @@
-"""Pictures of where the time of a step goes and of how unevenly ranks work, for runs that logged it."""
+"""Pictures of where the time of a step goes and of the memory that it takes, for runs that logged it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from dynmoe_ds.telemetry.drawing import (
     CALMED_NOTE,
+    LAYER_COLOURS,
     Picture,
     calmed,
     finished,
     label_steps,
     legend_beside,
+    mark_events,
     new_figure,
     plot,
-    plot_layers,
 )
-from dynmoe_ds.telemetry.history import LayerHistory, RunHistory, Series
+from dynmoe_ds.telemetry.history import RunHistory, Series
 
 # In the order in which they are stacked, with the colours that they have.
 PARTS = {"compute": "#1f77b4", "communication": "#2a9d5c", "wait": "#d9480f", "data": "#b8860b"}
+_MEMORY = "train/peak_memory_gib"
 
 
-def draw_time(
-    history: RunHistory, shown: Sequence[LayerHistory], names: Mapping[str, str], note: str
-) -> Iterator[Picture]:
-    """The parts of a step, and the imbalance of ranks. shown, names, note: as for `draw_routing`."""
+def draw_time(history: RunHistory) -> Iterator[Picture]:
+    """The parts of a step, and memory: each where the run has the numbers."""
     if time_shares(history):
         yield _step_time_picture(history)
-    if "moe/rank_imbalance" in history.series:
-        yield _imbalance_picture(history, shown, names, note)
+    if _MEMORY in history.series:
+        yield _memory_picture(history)
 
 
 def time_shares(history: RunHistory) -> dict[str, float]:
@@ -77,23 +77,14 @@ def _step_time_picture(history: RunHistory) -> Picture:
     return finished("step_time", "Time of a step", caption, figure, axes)
 
 
-def _imbalance_picture(
-    history: RunHistory, shown: Sequence[LayerHistory], names: Mapping[str, str], note: str
-) -> Picture:
+def _memory_picture(history: RunHistory) -> Picture:
     figure, axes = new_figure(3.2)
-    empty = Series(steps=[], values=[])
-    of_layers = [history.series.get(f"moe/rank_imbalance/{layer.name}", empty) for layer in shown]
-    is_calmed = plot_layers(axes, [(names[layer.name], one) for layer, one in zip(shown, of_layers, strict=True)])
-    if len(shown) != 1:
-        overall = calmed(history.series["moe/rank_imbalance"])
-        plot(axes, overall, color="black", linestyle="--", linewidth=1.4, label="all layers")
+    plot(axes, history.series[_MEMORY], color=LAYER_COLOURS[0], linewidth=1.8)
     label_steps(axes, history)
-    axes.set_ylim(bottom=1)
-    axes.set_ylabel("busiest rank / mean rank")
-    legend_beside(axes)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("most memory of a rank (GiB)")
     caption = (
-        "How unevenly the tokens' rows fall on the ranks that share the experts of a layer: 1 means that all compute "
-        "equally many. The others wait for the busiest one in every layer."
+        "The memory of the rank that used most. On a GPU it is the most that was allocated since the log line before, "
+        "and follows the experts that come and go; on a CPU it is the most since the process began, which never falls."
     )
-    caption += (CALMED_NOTE if is_calmed else "") + note
-    return finished("rank_imbalance", "Imbalance of ranks", caption, figure, axes)
+    return finished("memory", "Memory", caption + mark_events(axes, history), figure, axes)

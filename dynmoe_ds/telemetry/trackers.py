@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import re
 import secrets
 import shutil
 import time
@@ -14,17 +16,19 @@ from typing import Any, Literal, Protocol, TextIO
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.telemetry.events import EventDict, describe_event
 from dynmoe_ds.telemetry.metrics import Metric, Tier, tier_of
-from dynmoe_ds.telemetry.run_folder import RunFolder
+from dynmoe_ds.telemetry.run_folder import SWEEP_FILE, RunFolder
 from dynmoe_ds.telemetry.tensorboard import TensorBoardTracker, require_tensorboard
 
 logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
 WANDB_INIT_TIMEOUT_S = 60
+WANDB_FINISH_TIMEOUT_S = 60  # wandb itself would wait without end for a server that has gone
 LAYERS_ON_PROGRESS_LINE = 8
 WANDB_ID_FILE = "wandb/run_id"
 LIVE_EXPERTS_PREFIX = "moe/live_experts/"
 _MAX_LISTED = 4
+_STAGE_FOLDER = re.compile(r"\d+_.+")  # as `dynmoe stages` names them
 
 
 class Tracker(Protocol):
@@ -176,9 +180,10 @@ class BriefTracker:
 class WandbTracker:
     """Metrics, configuration and a table of adaptation events for Weights & Biases, inside the run folder.
 
-    A run that is started again goes on in the same run there, by an id that its folder keeps. Runs in one folder, such
-    as those of stages or of a sweep, are a group of its name. wandb is imported here and not before. Whatever goes
-    wrong inside it is logged once as a warning, after which the tracker does nothing: training never stops for it.
+    A run that is started again has the id that its folder keeps: online it goes on in the same run there, offline each
+    start leaves a part of its own. The runs of a sweep or of stages are a group, any other run is one of its own.
+    wandb is imported here and not before. Whatever goes wrong inside it is logged once as a warning, after which the
+    tracker does nothing: training never stops for it.
 
     Raises: ConfigError where wandb is not installed.
     """
@@ -199,9 +204,15 @@ class WandbTracker:
                 id=_kept_id(Path(run_dir) / WANDB_ID_FILE),
                 resume="allow",
                 name=Path(run_dir).resolve().name,
-                group=Path(run_dir).resolve().parent.name,
-                config=dict(config),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_INIT_TIMEOUT_S),
+                group=_group(Path(run_dir).resolve(), config),
+                config={**config, **_job()},
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=WANDB_INIT_TIMEOUT_S,
+                    finish_timeout=WANDB_FINISH_TIMEOUT_S,
+                    finish_timeout_raises=True,
+                ),
             )
             # An own step axis: wandb's drops what arrives out of order, such as an event after the metrics of its step.
             self._run.define_metric("step")
@@ -244,7 +255,7 @@ class WandbTracker:
             "wandb failed while %s (%s: %s). Training goes on without it; the run folder still gets every number.",
             doing,
             type(error).__name__,
-            error,
+            " ".join(f"{error}".split()),  # wandb's own may be of several lines
         )
 
 
@@ -254,6 +265,17 @@ def _kept_id(file: Path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(secrets.token_hex(8), encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()
+
+
+def _group(run_dir: Path, config: Mapping[str, Any]) -> str:
+    """What runs that belong together share: the name of the folder of their sweep or stages; else the run's own."""
+    is_stage = config.get("stage") is not None and _STAGE_FOLDER.fullmatch(run_dir.name)
+    return run_dir.parent.name if is_stage or (run_dir.parent / SWEEP_FILE).exists() else run_dir.name
+
+
+def _job() -> dict[str, str]:
+    """The number under which Slurm knows this job; nothing elsewhere."""
+    return {"slurm_job_id": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
 
 
 def require_wandb(mode: WandbMode) -> None:

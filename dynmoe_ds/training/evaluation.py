@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynmoe_ds.config.schema import TrainingConfig
-from dynmoe_ds.data import Examples, HeldOutOrder
+from dynmoe_ds.data import Examples, HeldOutOrder, SlowExamples
+from dynmoe_ds.distributed import attempt_together
 from dynmoe_ds.moe import labelled
 from dynmoe_ds.training.engine import TrainingEngine
 
@@ -39,6 +40,18 @@ def held_out_order(training: TrainingConfig, num_held_out: int) -> HeldOutOrder:
         rank=0 if is_alone else dist.get_rank(),
         world_size=1 if is_alone else dist.get_world_size(),
     )
+
+
+def held_out_batch(examples: Examples, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`examples.batch`. Collective for examples that are read when it is their turn: every rank.
+
+    Raises: DataError for such an example that cannot be used, or DivergenceError that quotes another rank's.
+    """
+
+    def make() -> dict[str, Tensor]:
+        return examples.batch(indices, device)
+
+    return attempt_together(make) if isinstance(examples, SlowExamples) else make()
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -69,14 +69,16 @@ class ExpertLoads:
         It has every expert that is live in `placements`, with 0 for one that nobody chose or that was just added, and
         those that took tokens before they were pruned.
         """
-        return {
-            layer: {
-                "load": dict.fromkeys(placements[layer].live_ids, 0) | dict(+self.tokens_per_expert[layer]),
-                "num_tokens": int(record.num_tokens),
-                "num_unrouted": int(record.num_unrouted),
-            }
-            for layer, record in self.records.items()
+        return {layer: self._of_layer(layer, placements[layer]) for layer in self.records}
+
+    def _of_layer(self, layer: str, placement: Placement) -> dict[str, Any]:
+        record, rows = self.records[layer], self.rows_per_rank[layer]
+        found = {
+            "load": dict.fromkeys(placement.live_ids, 0) | dict(+self.tokens_per_expert[layer]),
+            "num_tokens": int(record.num_tokens),
+            "num_unrouted": int(record.num_unrouted),
         }
+        return {**found, "rows_per_rank": rows} if len(rows) > 1 else found
 
 
 def _without_slots(record: RoutingRecords) -> RoutingRecords:

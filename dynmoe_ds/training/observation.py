@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+from dynmoe_ds.data import modality_of
 from dynmoe_ds.models import FlopCount, ParameterCount
 from dynmoe_ds.moe import LayerTraffic, Placement
-from dynmoe_ds.routing import mean_k_per_kind
+from dynmoe_ds.routing import kind_totals
 from dynmoe_ds.telemetry import Metric
 from dynmoe_ds.training.expert_loads import ExpertLoads
+
+_PER_KIND = "mean_k_per_kind/"
 
 
 def kind_metrics(group: str, loads: ExpertLoads, token_kinds: Sequence[str]) -> list[Metric]:
     """Experts per token of each kind: `<group>/mean_k_per_kind/<kind>/<layer>`, and the mean over layers.
 
-    A kind without tokens is left out. Raises: RoutingError as `mean_k_per_kind`.
+    Kinds of conversations about images (`modality_of`) are also taken together, every token counting once: by modality,
+    `mean_k_per_modality/<image or text>`, and by what is asked, `mean_k_per_question/<kind of sample>`.
+    A kind without tokens is left out. Raises: RoutingError as `kind_totals`.
     """
     found: list[Metric] = []
-    per_layer = {layer: mean_k_per_kind(record) for layer, record in loads.records.items()}
-    for index, kind in enumerate(token_kinds):
-        of_kind = {layer: means[index] for layer, means in per_layer.items() if not math.isnan(means[index])}
-        name = f"{group}/mean_k_per_kind/{kind}"
-        found += [_metric(f"{name}/{layer}", mean_k) for layer, mean_k in of_kind.items()]
-        if of_kind:
-            found.append(_metric(name, sum(of_kind.values()) / len(of_kind)))
+    totals = {layer: kind_totals(record) for layer, record in loads.records.items()}
+    for name, members in _sets_of_kinds(token_kinds).items():
+        mean_k: dict[str, float] = {}
+        for layer, of_kinds in totals.items():
+            tokens, chosen = (sum(of_kinds[index][column] for index in members) for column in (0, 1))
+            if tokens:
+                mean_k[layer] = chosen / tokens
+        if name.startswith(_PER_KIND):
+            found += [_metric(f"{group}/{name}/{layer}", value) for layer, value in mean_k.items()]
+        if mean_k:
+            found.append(_metric(f"{group}/{name}", sum(mean_k.values()) / len(mean_k)))
     return found
+
+
+def _sets_of_kinds(token_kinds: Sequence[str]) -> dict[str, list[int]]:
+    """The indices of the kinds that are counted together, by what a metric calls them."""
+    sets = {f"{_PER_KIND}{kind}": [index] for index, kind in enumerate(token_kinds)}
+    parts = [modality_of(kind) for kind in token_kinds]
+    if None in parts:  # of data without images
+        return sets
+    for place, name in enumerate(("mean_k_per_modality", "mean_k_per_question")):
+        for index, part in enumerate(parts):
+            if part is not None and part[place] is not None:
+                sets.setdefault(f"{name}/{part[place]}", []).append(index)
+    return sets
 
 
 def cost_metrics(

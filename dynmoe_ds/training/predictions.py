@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe_ds.data import Examples, HeldOutOrder
 from dynmoe_ds.moe import labelled
 from dynmoe_ds.training.engine import TrainingEngine
-from dynmoe_ds.training.evaluation import eval_mode
+from dynmoe_ds.training.evaluation import eval_mode, held_out_batch
 
 
 class Predictions(NamedTuple):
@@ -24,12 +24,12 @@ class Predictions(NamedTuple):
 def predict(engine: TrainingEngine, examples: Examples, order: HeldOutOrder) -> Predictions:
     """The model's `logits` for the first `order.num_sequences` examples, equal on all ranks.
 
-    Collective: every rank, each with its own `order`; all run the same number of forwards.
+    Collective: every rank, each with its own `order`; all run the same number of forwards. Raises: as `held_out_batch`.
     """
     rows = []
     with eval_mode(engine):
         for indices, weights in order:
-            batch = examples.batch(indices, engine.device)
+            batch = held_out_batch(examples, indices, engine.device)
             labels = batch.pop("labels")
             with labelled(is_counted=torch.tensor(weights, device=engine.device) > 0):
                 outputs = engine(**batch).logits

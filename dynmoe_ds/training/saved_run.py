@@ -15,7 +15,8 @@ from dynmoe_ds.checkpoint.store import find_checkpoint, list_checkpoints, open_c
 from dynmoe_ds.config.build import build
 from dynmoe_ds.config.schema import GlueDataConfig, ImageFolderConfig, RunConfig
 from dynmoe_ds.errors import ConfigError, DataError
-from dynmoe_ds.export import load_checkpoint_model, load_model
+from dynmoe_ds.export import load_checkpoint_model, load_hugging_face, load_model
+from dynmoe_ds.export.hugging_face import HUGGING_FACE_FILE
 from dynmoe_ds.export.manifest import MANIFEST_FILE, read_manifest
 from dynmoe_ds.models import count_flops, count_parameters, take_conversations
 from dynmoe_ds.moe import StepLedger, labelled, moe_layers, watch_padding
@@ -24,6 +25,7 @@ from dynmoe_ds.telemetry.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, MODEL
 from dynmoe_ds.training.expert_loads import ExpertLoads
 from dynmoe_ds.training.observation import cost_metrics, kind_metrics
 from dynmoe_ds.training.tasks import HeldOutTask, Task, build_task
+from dynmoe_ds.training.tasks.vision_language import TOKENIZER_FOLDER
 
 MODEL_FOLDER = "model"
 
@@ -32,14 +34,16 @@ class SavedRun:
     """The configuration and the model of a run, on this machine's accelerator if it has one.
 
     path: a run folder, whose model is that of its end (`model`) or else of its latest checkpoint; or a checkpoint of a
-    run, or its folder of checkpoints, for the latest; or a folder of `dynmoe import`, which has a model and no
-    configuration. source: where the model is from. folder: the run's.
+    run, or its folder of checkpoints, for the latest; or a folder of `dynmoe import` or `dynmoe export`, or another in
+    Hugging Face's format, which have a model and no configuration of a run. source: where the model is from. folder:
+    the run's. tokenizer_folder: where the tokenizer is, if there is one.
     Raises: DataError if there is neither a model nor a checkpoint of a run; ConfigError for a run of a task whose model
     cannot be built again; CheckpointError for a model or a checkpoint that cannot be loaded.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.folder, self.source = _find(Path(path))
+        self.tokenizer_folder = self.folder if is_hugging_face(self.folder) else self.folder / TOKENIZER_FOLDER
         has_config = (self.folder / CONFIG_FILE).exists()
         self._config = _read_config(self.folder / CONFIG_FILE) if has_config else None
         if self._config is not None and isinstance(self._config.data, GlueDataConfig | ImageFolderConfig):
@@ -57,6 +61,8 @@ class SavedRun:
             layer.name = name
 
     def _load(self) -> PreTrainedModel:
+        if is_hugging_face(self.source):
+            return load_hugging_face(self.source)
         if self.source.name == MODEL_FOLDER:
             return load_model(self.source)
         description = self.folder / MODEL_FILE
@@ -70,11 +76,11 @@ class SavedRun:
 
     @property
     def config(self) -> RunConfig:
-        """The run's. Raises: DataError for an imported model, which is of no run here."""
+        """The run's. Raises: DataError for an imported or exported model, which is of no run here."""
         if self._config is None:
             raise DataError(
-                f"{self.folder} holds an imported model, which has no data of its own. Give conversations to evaluate "
-                "on with --held-out, or benchmarks with --tasks."
+                f"{self.folder} holds a model without its run, and so without data. Give conversations to evaluate on "
+                "with --held-out, or benchmarks with --tasks; or name the run."
             )
         return self._config
 
@@ -113,6 +119,11 @@ def is_imported(folder: Path) -> bool:
     return not (folder / CONFIG_FILE).exists() and (folder / MODEL_FOLDER / MANIFEST_FILE).exists()
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether the folder is of Hugging Face's format, as `dynmoe export` writes it, and of no run."""
+    return not (folder / CONFIG_FILE).exists() and (folder / HUGGING_FACE_FILE).exists()
+
+
 def _find(path: Path) -> tuple[Path, Path]:
     """The run folder, and the model or the checkpoint in it.
 
@@ -125,9 +136,11 @@ def _find(path: Path) -> tuple[Path, Path]:
     if not (folder / CONFIG_FILE).exists():
         if is_imported(path):
             return path, path / MODEL_FOLDER
+        if is_hugging_face(path):
+            return path, path
         raise DataError(
-            f"{folder} has no {CONFIG_FILE} (seen from {Path.cwd()}). Name the folder of a run, or a checkpoint in its "
-            f"folder {CHECKPOINT_FOLDER}."
+            f"{folder} has no {CONFIG_FILE} (seen from {Path.cwd()}). Name the folder of a run, a checkpoint in its "
+            f"folder {CHECKPOINT_FOLDER}, or a folder of `dynmoe export` or `dynmoe import`."
         )
     if folder is not path:
         return folder, find_checkpoint(path)

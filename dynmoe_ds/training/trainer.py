@@ -17,7 +17,7 @@ from dynmoe_ds.adaptation import alarms
 from dynmoe_ds.config.deepspeed_json import to_deepspeed
 from dynmoe_ds.config.schema import DataConfig, ImageFolderConfig, LlavaDataConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
-from dynmoe_ds.data import BatchLoader, TrainingOrder, from_rank_zero
+from dynmoe_ds.data import BatchLoader, SlowExamples, TrainingOrder, from_rank_zero
 from dynmoe_ds.distributed import StallClock, communication, raise_together
 from dynmoe_ds.engine import initialize
 from dynmoe_ds.engine.seam import init_distributed, runs_on_gpu
@@ -38,6 +38,7 @@ from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
 from dynmoe_ds.training.step_time import peak_memory_gib, reset_peak_memory, step_time_metrics
 from dynmoe_ds.training.tasks import Task, build_task
+from dynmoe_ds.training.trained_parameters import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Trainer:
             dispatch=config.parallel.dispatch,
             adam=config.optim.implementation,
         )
+        check_trained(model, self.engine.group_names(), None if config.stage is None else config.stage.trained)
         self.loader = BatchLoader(
             self.task.train,
             self.training_order,
@@ -227,14 +229,32 @@ class Trainer:
         num_left_out = self.engine.skipped_steps
         losses = torch.zeros(2, device=self.engine.device)
         for micro_step in range(self.config.training.gradient_accumulation_steps):
-            with self.stalls.stall("data"):
-                batch = self.loader.batch(step, micro_step)
+            batch = self._batch(step, micro_step)
             loss = self.engine(**batch).loss
             self.engine.backward(loss)
             self.engine.step()  # updates the weights after the last micro-batch
             losses += torch.stack([loss.detach().float(), self.engine.last_aux_loss.float()])
         is_left_out = self.engine.skipped_steps > num_left_out
         self.interval.add(None if is_left_out else losses / self.config.training.gradient_accumulation_steps)
+
+    def _batch(self, step: int, micro_step: int) -> dict[str, Tensor]:
+        """This rank's batch. Collective for examples that are read when it is their turn: every rank.
+
+        Raises: DataError for such an example that cannot be used, or DivergenceError that quotes another rank's.
+        """
+        batch: dict[str, Tensor] = {}
+        error: Exception | None = None
+        try:
+            with self.stalls.stall("data"):
+                batch = self.loader.batch(step, micro_step)
+        except Exception as e:  # whatever it is, the other ranks must not wait for this one
+            error = e
+        if isinstance(self.task.train, SlowExamples):
+            with communication():
+                raise_together(error, self.engine.host_group)
+        elif error is not None:
+            raise error
+        return batch
 
     def _roll_back(self, step: int, error: NonFiniteError) -> int:
         """Go back to the latest checkpoint after `step`, from 0, was not finite; the steps that are done then.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from dynmoe_ds.data import ImageInput, load_pretrained_tokenizer, read_picture
 from dynmoe_ds.data.chat import encode_prompt
@@ -18,7 +18,7 @@ from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.data.processor import llava_processor
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.training.saved_run import SavedRun
-from dynmoe_ds.training.tasks.vision_language import INPUT_FILE, TOKENIZER_FOLDER
+from dynmoe_ds.training.tasks.vision_language import INPUT_FILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +41,23 @@ class QuestionForm:
 class Writer:
     """Lets the model of a run write: a decoder goes on with a text, a vision-language model answers.
 
-    form: None for a model of text. Raises: DataError for a run without its tokenizer, or a damaged file beside it.
+    form: None for a model of text. Raises: DataError for a run without its tokenizer, a vision-language model without
+    the file that says how it is asked, or a damaged one.
     """
 
     def __init__(self, run: SavedRun) -> None:
-        if not (run.folder / TOKENIZER_FOLDER).is_dir():
-            raise DataError(f"{run.folder} has no {TOKENIZER_FOLDER}: without it, text is nothing to its model.")
+        if not any(run.tokenizer_folder.glob("tokenizer*")):
+            raise DataError(f"{run.folder} has no tokenizer: without it, text is nothing to its model.")
         self._run = run
         self.tokenizer: PreTrainedTokenizerFast = load_pretrained_tokenizer(
-            f"{run.folder / TOKENIZER_FOLDER}", needs_padding=False
+            f"{run.tokenizer_folder}", needs_padding=False
         )
         self.form = _image_input(run.folder / INPUT_FILE)
+        if self.form is None and isinstance(run.model, LlavaForConditionalGeneration):
+            raise DataError(
+                f"{run.folder} has no {INPUT_FILE}, which says how questions and images become input of its "
+                "vision-language model. `dynmoe export` and training write it beside the model."
+            )
 
     def write(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0, seed: int = 0

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from dynmoe_ds.cli.config_page import config_page
-from dynmoe_ds.config.groups import config_groups, launch_names
+from dynmoe_ds.cli.plan import PLAN_KEYS
+from dynmoe_ds.config.groups import cluster_names, config_groups, launch_names
 from dynmoe_ds.config.load import load_config, to_plain
+from dynmoe_ds.planning.load_cluster import load_cluster
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -45,8 +47,14 @@ def test_every_key_of_a_run_is_on_it(overrides: list[str]) -> None:
     assert len(named) > 40 and set(named) <= rows().keys() | {"adaptation", "stage"}, set(named) - rows().keys()
 
 
+def test_every_key_of_a_plan_is_on_it() -> None:
+    named = leaves({"cluster": to_plain(load_cluster("h100_nodes", [])), "plan": dict.fromkeys(PLAN_KEYS)})
+    assert "cluster.within_node.latency_s" in named and set(named) <= rows().keys(), set(named) - rows().keys()
+    assert rows()["cluster.num_nodes"] == [["a whole number", "", "all: `1`"]]
+
+
 def test_every_option_is_on_it() -> None:
-    text, groups = PAGE.read_text(), {**config_groups(), "launch": launch_names()}
+    text, groups = PAGE.read_text(), {**config_groups(), "launch": launch_names(), "cluster": cluster_names()}
     options = [f"{group}={name}" for group, names in groups.items() for name in names]
     assert len(options) > 50 and not [option for option in options if f"- `{option}`: " not in text]
 

@@ -92,16 +92,17 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe_parts(tmp_path_factory.mktemp("recipes"), *RECIPES)
 
 
-def examine_recipe(parts: Path, name: str, *overrides: str) -> dict[str, tuple[str, str]]:
-    """What is said of the language's stage of a recipe, which can start from the decoder's own folder, too."""
-    mark = "language:"
-    given = [
-        text.removeprefix(mark) for text in recipe_overrides(parts, name) if text.startswith(mark) or ":" not in text
-    ]
-    findings = list(run_findings([*given, "stage=language", "run_dir=never", *overrides]))
+def by_subject(overrides: list[str]) -> dict[str, tuple[str, str]]:
+    findings = list(run_findings([*overrides, "run_dir=never"]))
     found = {finding.subject: (finding.state, finding.text) for finding in findings}
     assert len(found) == len(findings), "one line for each part"
     return found
+
+
+def examine_recipe(parts: Path, name: str, *overrides: str) -> dict[str, tuple[str, str]]:
+    """What is said of the language's stage of a recipe: the command for all stages, some of its parts changed."""
+    changed = [f"language:{text}" for text in overrides]
+    return by_subject([*recipe_overrides(parts, name), *changed, "stage=language"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -194,9 +195,38 @@ def test_a_recipe_of_which_nothing_is_given_lists_all_that_it_needs(name: str) -
     assert sorted(told) == ["One", "One", "data.held_out_path", "data.path", "data.tokenizer"]
 
 
-def test_faults_are_missing_and_end_with_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "experiment=moe_llava_phi", "stage=projector"]) == 1
+def test_the_command_of_all_stages_is_looked_at_stage_by_stage(parts: Path) -> None:
+    """What they share is said once."""
+    found = by_subject(recipe_overrides(parts, "phi"))
+    assert {state for state, _ in found.values()} == {"ok"}
+    wanted = {"projector": "6 samples in ", "language": "12 samples in ", "experts": "12 samples in "}
+    for number, (stage, samples) in enumerate(wanted.items(), 1):
+        assert found.pop(f"{stage}: configuration")[1] == f"without a fault; run folder never/{number}_{stage}"
+        assert found.pop(f"{stage}: data.path")[1].startswith(samples)
+    assert found.keys() == OF_RECIPE - {"configuration", "data.path"}
+
+
+def test_what_one_stage_lacks_is_told_under_its_name(parts: Path) -> None:
+    given = [text for text in recipe_overrides(parts, "phi") if not text.startswith("projector:")]
+    found = by_subject([*given, "projector:data.path=gone.json"])
+    assert [key for key, (state, _) in found.items() if state != "ok"] == ["projector: data.path"]
+    found = by_subject([*given, "data.path=gone.json"])
+    assert [key for key, (state, _) in found.items() if state != "ok"] == ["projector: data.path"]
+    found = by_subject([*recipe_overrides(parts, "phi"), "stages=projector,experts"])
+    assert found.keys() == {"configuration"} and "cannot be read" in found["configuration"][1], "language is no stage"
+
+
+def test_a_recipe_without_a_stage_is_looked_at_in_all_of_them() -> None:
+    findings = list(run_findings(["experiment=moe_llava_phi"]))
+    assert {(finding.state, finding.subject) for finding in findings} == {("missing", "configuration")}
+    told = [finding.text.split(" ", 1)[0] for finding in findings]
+    assert sorted(told) == ["One", "One", "data.held_out_path", "data.path", "data.tokenizer"]
+    findings = list(run_findings(["experiment=moe_llava_phi", "experts:run_dir=other"]))
+    assert findings[0].text == "run_dir=other cannot be of one stage: `dynmoe stages` sets it. Leave it out."
+
+
+def test_faults_are_missing_and_end_with_1(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *recipe_overrides(parts, "phi"), "projector:data.path=gone.json"]) == 1
     told = capsys.readouterr().out
-    assert "missing  configuration        data.path is null. Name the JSON file to learn from." in told
-    assert "One of model.text_pretrained and model.text_sizes must be set" in told
-    assert told.endswith("Missing: configuration.\n")
+    assert "\nmissing  projector: data.path data.path is 'gone.json', which is not a file here (" in told
+    assert told.endswith("\nMissing: projector: data.path.\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 from PIL import Image
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.load import load_config, to_yaml
 from dynmoe_ds.data import read_picture
-from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.data.chat import IGNORED, encode_prompt
 from dynmoe_ds.data.conversations import IMAGE_MARKER
 from dynmoe_ds.models import build_vision_language
+from dynmoe_ds.moe import Placement
 from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.answer_pictures import draw_answers
 from dynmoe_ds.training.saved_run import SavedRun
@@ -51,6 +54,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (digits / "learnt.json").write_text(json.dumps(learnt[:20]))
     (digits / "odd.json").write_text('[{"text": "a", "images": "b.png"}]')
     run_ranks(train_both, 1, f"{digits}", f"{folder}", timeout_s=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two models, exported."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name in ("vl", "text"):
+        assert main(["export", f"{runs / name}", f"{folder / name}"]) == 0
     return folder
 
 
@@ -85,7 +97,13 @@ def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> N
         for sample in asked
     ]
     writer = Writer(run)
+    lengths: list[int] = []
+    watched = run.model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
     together = writer.write(prompts, max_new_tokens=3)
+    watched.remove()
+    assert lengths[0] > writer.form.image.num_tokens and lengths[1:] in ([1], [1, 1]), "there is no cache"
     assert together == [writer.write([prompt], max_new_tokens=3)[0] for prompt in prompts]
     assert len({len(prompt.text) for prompt in prompts}) > 2
     right = [text == sample["conversations"][1]["value"] for text, sample in zip(together, asked, strict=True)]
@@ -100,6 +118,36 @@ def test_a_batch_of_unequal_prompts_writes_what_each_does_alone(runs: Path) -> N
             while ids.shape[1] < first + 3 and ids[0, -1] != writer.tokenizer.eos_token_id:
                 ids = torch.cat([ids, run.model(input_ids=ids, **pixels).logits[:, -1:].argmax(-1)], 1)
         assert writer.tokenizer.decode(ids[0, first:], skip_special_tokens=True) == text
+
+
+def test_two_images_in_a_prompt_beside_prompts_with_one_and_with_none(runs: Path, tmp_path: Path) -> None:
+    """Each is answered as alone, and the one about two as by a loop over the batch that training would make of it."""
+    run, images = SavedRun(runs / "vl"), runs / "digits" / "images"
+    asked = json.loads((runs / "digits" / "learnt.json").read_text())
+    first, second = [images / sample["image"] for sample in asked if "image" in sample][:2]
+    text = f"{IMAGE_MARKER}\n{IMAGE_MARKER}\nWhich of the two digits is larger?"
+    sample = {"id": "two", "image": [first.name, second.name], "conversations": [
+        {"from": "human", "value": text}, {"from": "gpt", "value": "nine"}]}  # fmt: skip
+    (tmp_path / "two.json").write_text(json.dumps([sample]))
+    data = replace(run.config.data, held_out_path=f"{tmp_path}/two.json")
+    batch = VisionLanguage(replace(run.config, data=data)).data.held_out.batch([0])
+    assert len(batch["pixel_values"]) == 2 and not torch.equal(*batch["pixel_values"])
+    writer = Writer(run)
+    one = Prompt(text=f"{IMAGE_MARKER}\nWhich digit is this?", images=(second,))
+    prompts = [one, Prompt(text=text, images=(first, second)), Prompt(text="What is one plus two?")]
+    seen: list[torch.Tensor] = []
+    hook = run.model.model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    together = writer.write(prompts, max_new_tokens=3)
+    hook.remove()
+    (pixels,) = seen
+    assert torch.equal(pixels[1:], batch["pixel_values"])
+    assert together == [writer.write([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    ids = batch["input_ids"][:, : (start := int((batch["labels"][0] != IGNORED).nonzero()[0]))]
+    with torch.no_grad():
+        while ids.shape[1] < start + 3 and ids[0, -1] != writer.tokenizer.eos_token_id:
+            logits = run.model(input_ids=ids, pixel_values=batch["pixel_values"]).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert writer.tokenizer.decode(ids[0, start:], skip_special_tokens=True) == together[1]
 
 
 def test_the_command_prints_a_text_per_prompt(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,26 +233,67 @@ def test_folders_that_are_no_finished_runs(runs: Path, tmp_path: Path, capsys: p
 
 
 def test_answers_are_drawn_with_the_experts_that_fired(runs: Path, tmp_path: Path) -> None:
-    """All held-out questions: what is drawn is what `Writer` writes, and experts are those of the layers' own masks."""
+    """All held-out questions: what is drawn is what `Writer` writes, and shares are those of the paper's formula."""
     run = SavedRun(runs / "vl")
+    for layer in run.layers.values():  # as after growth and pruning, in other slots than in the order of their ids
+        layer.placement = Placement(expert_ids=(7, 2, 5, 0), next_id=9, ep_size=1)
     answers = draw_answers(run, tmp_path / "answers.png", num_answers=20)
     assert Image.open(tmp_path / "answers.png").width > 1000
     asked = json.loads((runs / "digits" / "learnt.json").read_text())
     images = runs / "digits" / "images"
-    by_images = {tuple(images / name for name in [sample.get("image")] if name): sample for sample in asked}
     writer = Writer(run)
+    by_question = {}
+    for sample in asked:
+        text, right = (turn["value"] for turn in sample["conversations"])
+        ids = ids_of(writer, text)
+        is_word = ids != run.model.config.image_token_id
+        words = " ".join(writer.tokenizer.decode(ids[is_word], skip_special_tokens=True).split())
+        by_question[tuple(images / file for file in images_of(sample)), words] = text, right, ids
     for answer in answers:
-        sample = by_images[answer.images]
-        if answer.images:  # of which each is asked about once
-            text, right = (turn["value"] for turn in sample["conversations"])
-            assert text.replace("<image>\n", "") in answer.question and answer.right == right
-            assert [answer.given] == writer.write([Prompt(text=text, images=answer.images)], max_new_tokens=32)
-        assert answer.experts.keys() == run.layers.keys() == answer.fired.keys()
-        for name, shares in answer.fired.items():
-            assert shares.shape == (2, len(answer.experts[name]))
-            assert np.isnan(shares[0]).all() == (not answer.images) and not np.isnan(shares[1]).any()
-            assert np.nanmax(shares) <= 1 and np.nansum(shares) > 0
+        text, right, ids = by_question[answer.images, answer.question]
+        assert text.replace("<image>\n", "") in answer.question and answer.right == right
+        assert [answer.given] == writer.write([Prompt(text=text, images=answer.images)], max_new_tokens=32)
+        assert answer.experts == dict.fromkeys(run.layers, (0, 2, 5, 7)) and answer.fired.keys() == run.layers.keys()
+        pixels = [read_picture(file, writer.form.image) for file in answer.images]
+        for name, shares in fired(run, ids, pixels).items():
+            np.testing.assert_allclose(answer.fired[name], shares, rtol=1e-12)
+    assert len({len(answer.images) for answer in answers}) == 2, "image and text"
     assert any(answer.is_right for answer in answers) and not all(answer.is_right for answer in answers)
+
+
+def ids_of(writer: Writer, text: str) -> Tensor:
+    """The prompt [L]."""
+    form = writer.form
+    assert form is not None
+    tokens = {"image_token_id": form.image_token_id, "tokens_per_image": form.image.num_tokens}
+    return torch.tensor(encode_prompt(text, writer.tokenizer, form.template, **tokens))
+
+
+@torch.no_grad()
+def fired(run: SavedRun, ids: Tensor, pixels: list[Tensor]) -> dict[str, np.ndarray]:
+    """By layer, which share of image tokens and of text tokens chose each expert, by id: [2, E].
+
+    Where cos(x, w_e) is above G_e, or the expert with the greatest σ(cos(x, w_e)) − σ(G_e) if there is none.
+    """
+    hidden: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: hidden.update({name: given[0][0].double()}))
+        for name, layer in run.layers.items()
+    ]
+    run.model(input_ids=ids[None], **({"pixel_values": torch.stack(pixels)} if pixels else {}))
+    for hook in hooks:
+        hook.remove()
+    is_image = ids == run.model.config.image_token_id
+    found = {}
+    for name, layer in run.layers.items():
+        slots = [slot for _, slot in sorted(layer.placement.slots_by_id.items())]
+        weight, threshold = (getattr(layer.router, key).double()[slots] for key in ("weight", "threshold"))
+        cosines = torch.nn.functional.cosine_similarity(hidden[name][:, None], weight, dim=2)
+        margins = torch.sigmoid(cosines) - torch.sigmoid(threshold)
+        best = torch.nn.functional.one_hot(margins.argmax(1), len(slots)).bool()
+        chosen = torch.where((cosines > threshold).any(1, keepdim=True), cosines > threshold, best).double()
+        found[name] = np.array([chosen[is_image].mean(0).numpy(), chosen[~is_image].mean(0).numpy()])
+    return found
 
 
 def test_held_out_text_alone_and_models_without_experts(
@@ -239,6 +328,74 @@ def test_the_command_draws_answers_of_vision_language_runs_alone(
     assert "cannot be written: there is no folder" in capsys.readouterr().err
     assert main(["evaluate", f"{runs / 'vl'}", "--answers", f"{tmp_path}"]) == 2
     assert "cannot be written: Is a directory." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vl", "text"])
+def test_an_exported_model_writes_what_that_of_the_run_does(
+    name: str, runs: Path, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = json.loads((runs / "digits" / "learnt.json").read_text())
+    questions = [
+        {
+            "text": sample["conversations"][0]["value"],
+            "images": [f"{runs}/digits/images/{file}" for file in images_of(sample)],
+        }
+        for sample in asked
+    ]
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(questions if name == "vl" else [{"text": "The "}, {"text": "and so it was that "}]))
+    written = []
+    for folder in (runs / name, exports / name):
+        assert main(["generate", f"{folder}", "--file", f"{file}", "--tokens", "3"]) == 0
+        written.append(capsys.readouterr())
+    assert written[0].out == written[1].out and len(set(written[0].out.splitlines())) > 1
+    assert f"using {exports / name}\n" in written[1].err
+
+
+def test_an_exported_model_is_evaluated_as_that_of_the_run(
+    runs: Path, exports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits, found = runs / "digits", []
+    conversations = ["--held-out", f"{digits / 'learnt.json'}", "--image-folder", f"{digits / 'images'}", "--json"]
+    for folder in (runs / "vl", exports / "vl"):
+        assert main(["evaluate", f"{folder}", *conversations]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    want = logged(runs / "vl")  # on the same conversations
+    del want["eval/forward_flops_per_token"], found[1]["eval/forward_flops_per_token"]
+    assert found[1] == {key: pytest.approx(value, rel=1e-5) for key, value in want.items()}
+    assert 0 < want["eval/exact_match"] < 1 and want["eval/mean_k"] > 1
+
+
+def test_what_an_exported_model_cannot_do(
+    runs: Path, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    for name in ("vl", "text"):
+        said = refused("evaluate", exports / name)
+        assert f"{exports / name} holds a model without its run, and so without data. Give conversations to " in said
+        assert "with --held-out, or benchmarks with --tasks; or name the run." in said
+    assert "holds a model without its run" in refused("evaluate", exports / "vl", "--answers", tmp_path / "a.png")
+    held_out = ("--held-out", runs / "digits" / "learnt.json")
+    assert "text holds a model of text. Conversations need" in refused("evaluate", exports / "text", *held_out)
+    seen = refused("generate", exports / "text", "--prompt", "a", "--image", "b.png")
+    assert "text holds a model of text, which sees no images." in seen
+    assert "text is in Hugging Face's format already. Copy the folder." in refused(
+        "export", exports / "text", tmp_path / "out"
+    )
+    copied = shutil.copytree(exports / "vl", tmp_path / "vl")
+    (copied / "vision_language.json").unlink()
+    assert "vl has no vision_language.json, which says how questions and" in refused(
+        "generate", copied, "--prompt", "a"
+    )
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    assert "vl has no tokenizer: without it, text is nothing" in refused("generate", copied, "--prompt", "a")
+    (copied / "model.safetensors").write_bytes(b"cut off")
+    assert "vl holds no model that can be loaded (" in refused("evaluate", copied)
 
 
 @pytest.mark.parametrize("name", ["vl", "text"])

@@ -111,8 +111,8 @@ def test_benchmarks_find_the_model(folders: Path) -> None:
         ),
         (["--held-out", "a", "--answers", "b.png"], "--held-out takes the place of a run's own data."),
         (["--image-folder", "a"], "--image-folder belongs to --held-out."),
-        ([], "seeing holds an imported model, which has no data of its own. Give conversations to evaluate on with"),
-        (["--answers", "b.png"], "seeing holds an imported model, which has no data of its own."),
+        ([], "seeing holds a model without its run, and so without data. Give conversations to evaluate on with"),
+        (["--answers", "b.png"], "seeing holds a model without its run, and so without data."),
     ],
 )
 def test_evaluations_that_cannot_work(

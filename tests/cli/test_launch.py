@@ -78,8 +78,9 @@ def test_all_faults_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     wrong = ["launch=slurm", "launch.nodes=3", "launch.time=1:2:3:4", "parallel.ep_size=3", "optim.lrr=1"]
     assert main(["launch", *wrong, *SMOKE, "run_dir=runs/a"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("dynmoe: 3 faults in the configuration:\n")
-    for text in ("launch.time is '1:2:3:4'", "parallel.ep_size is 3 but must divide the 2 ranks", "'optim.lrr'"):
+    assert said.startswith("dynmoe: 6 faults in the configuration:\n")
+    of_the_job = ("launch.time is '1:2:3:4'", "a multiple of launch.nodes (3)", "no sbatch on the", "no scontrol")
+    for text in (*of_the_job, "parallel.ep_size is 3 but must divide the 2 ranks", "'optim.lrr'"):
         assert text in said
     wrong = ["launch=slurm", "launch.nodes=3", "launch.gpus_per_node=1", "launch.global_batch_size=7"]
     assert main(["launch", *wrong, *SMOKE, "run_dir=runs/a", "seed=1,2"]) == 2
@@ -232,6 +233,7 @@ def test_a_folder_that_a_run_writes_into_is_left_alone(
         (0, ""), (130, "interrupted"), (85, "dynmoe: stopped as asked, with a checkpoint. The same command goes on"),
         (143, "dynmoe: ended by SIGTERM, without a new checkpoint. The same command goes on from the latest"),
         (7, "dynmoe: the job has failed (exit code 7). What its ranks said first, above, may tell why."),
+        (255, "dynmoe: the job has failed (exit code 255). What"),
     ],
 )  # fmt: skip
 def test_the_last_line_of_a_launch_on_hosts_says_how_it_ended(

@@ -86,6 +86,8 @@ def test_the_faults_of_all_stages_come_before_the_first_run(
     assert "training.save_model is false, but the next stage starts from the model." in capsys.readouterr().err
     assert stages(tmp_path / "run", "demo_language:run_dir=other") == 2
     assert "run_dir=other cannot be of one stage: `dynmoe stages` sets it." in capsys.readouterr().err
+    assert stages(tmp_path / "run", "stages=demo_language,demo_experts,demo_language") == 2
+    assert "stages names demo_language twice. Name every stage once." in capsys.readouterr().err
     assert started.overrides == []
     assert main(["stages", "experiment=demo_vl", "stages=projektor", *FILES]) == 2
     assert "There is no option stage=projektor. Did you mean 'projector'?" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A small run, the real components to run it on, and the same run without them to compare with.
 
-`make test-cluster` runs these: as root, with Debian's packages. What is not there is skipped with one sentence.
+`make test-cluster` runs these: as root, with Debian's packages. What is not there is skipped with one sentence; where
+neither Slurm nor two hosts are to be had, that is a failure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe_ds.telemetry import OF_THE_MACHINE
+from dynmoe_ds.telemetry import is_of_the_machine
 from tests.cluster import two_hosts, virtual_slurm
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,16 @@ RUN = (
 )  # fmt: skip
 # Limits of what takes a minute on a machine that is free: a busy one is no failure.
 PATIENCE_S = 900
-CLOCKS = OF_THE_MACHINE | {"time_s"}
+
+
+_OF_HOSTS = ("ssh", "sshd", "ssh-keygen")
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    if config.option.markexpr == "cluster":
+        no_slurm = virtual_slurm.why_not()
+        if no_slurm and (no_hosts := two_hosts.why_not(*_OF_HOSTS)):
+            pytest.exit(f"{no_slurm} {no_hosts}", returncode=1)
 
 
 def environment() -> dict[str, str]:
@@ -47,7 +57,9 @@ def what_was_written(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
         name: [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
         for name in ("metrics", "experts", "adaptation")
     }
-    return {name: [{k: v for k, v in one.items() if k not in CLOCKS} for one in of] for name, of in lines.items()}
+    return {
+        name: [{k: v for k, v in one.items() if not is_of_the_machine(k)} for one in of] for name, of in lines.items()
+    }
 
 
 def last_step(run_dir: Path) -> int:
@@ -82,7 +94,7 @@ def slurm() -> Iterator[virtual_slurm.VirtualSlurm]:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[two_hosts.TwoHosts]:
-    if reason := two_hosts.why_not("ssh", "sshd", "ssh-keygen"):
+    if reason := two_hosts.why_not(*_OF_HOSTS):
         pytest.skip(reason)
     both = two_hosts.TwoHosts()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynmoe_ds.telemetry.run_state import read_state
 from tests.cluster.conftest import PATIENCE_S, ROOT, RUN, dynmoe, environment, last_step, what_was_written
 from tests.cluster.virtual_slurm import VirtualSlurm
+from tests.cluster.watching import Watcher
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * PATIENCE_S)]
 
@@ -31,6 +34,11 @@ def job_number(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.split("submitted job ")[1].partition(";")[0]
 
 
+def stopped_at(folder: Path) -> int:
+    """The optimiser step of a run's latest checkpoint."""
+    return int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+
+
 def copy_of_the_code(folder: Path) -> Path:
     for name in ("dynmoe_ds", "dynmoe_kernels", "dynmoe_configs"):
         spec = find_spec(name)
@@ -45,21 +53,54 @@ def test_a_preempted_job_goes_on_with_its_own_code_and_ends_like_a_run_left_alon
     code = copy_of_the_code(tmp_path / "code")
     folder = tmp_path / "run"
     paths = {"PYTHONPATH": f"{code}", "PYTHONSAFEPATH": "1"}
-    job = job_number(launch(slurm, *RUN, f"run_dir={folder}", **paths))
+    job = job_number(launch(slurm, *RUN, "launch.sbatch_options=['--hold']", f"run_dir={folder}", **paths))
     (code / "dynmoe_ds" / "__init__.py").write_text("raise SystemExit('edited after the submission')")
     log = folder / "launch" / f"job-{job}.log"
+    assert read_state(folder).told == "Not started: launched, but nothing is written yet."
+    slurm.call("scontrol", "release", job)
     slurm.wait_for(lambda: last_step(folder) >= 3, PATIENCE_S)
+    assert re.match(r"Running: step \d+ of 60, about ", read_state(folder).told), read_state(folder)
 
     slurm.call("scancel", "--signal=USR1", "--batch", job)
-    slurm.wait_for(lambda: slurm.job(job).get("Restarts") == "1", PATIENCE_S)
-    stopped = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    slurm.wait_for_restart(job)
+    stopped = stopped_at(folder)
     assert 3 <= stopped < 60 and not (folder / "finished.json").exists()
+    assert read_state(folder).told.startswith(
+        f"Stopped at step {stopped} of 60. Stopped after optimiser step {stopped}, as asked. {folder}/checkpoints/step-"
+    )
     assert slurm.wait_for_end(job) == "COMPLETED", log.read_text()[-4000:]
+    assert read_state(folder).told == "Finished: all 60 steps are done."
 
     said = log.read_text()
     assert f"Stopped after optimiser step {stopped}, as asked." in said and "edited" not in said
     assert f"Going on from {folder}/checkpoints/step-{stopped:08}." in said, "one log, not written anew"
     assert what_was_written(folder) == what_was_written(undisturbed)
+
+
+def test_the_demo_stops_before_its_time_is_over_and_goes_on_by_itself(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    own = (
+        "training.steps=100000", "training.log_every_steps=1", "training.sample_tokens=0", "telemetry=disabled",
+        "launch.time=00:02:00", "launch.signal_s=60",
+    )  # fmt: skip
+    job = job_number(launch(slurm, "experiment=demo", *own, "launch.sbatch_options=['--hold']", f"run_dir={folder}"))
+    log = folder / "launch" / f"job-{job}.log"
+    with Watcher(folder) as watcher:
+        assert watcher.told == [("not started", "Not started: launched, but nothing is written yet.")]
+        slurm.call("scontrol", "release", job)
+        # Nobody but Slurm signals: some time between the start and half of the two minutes.
+        slurm.wait_for_restart(job)
+        stopped = stopped_at(folder)
+        assert stopped >= 1 and f"Stopped after optimiser step {stopped}, as asked." in log.read_text()
+        slurm.wait_for(lambda: last_step(folder) > stopped and watcher.words()[-1] == "running", PATIENCE_S)
+        assert f"Going on from {folder}/checkpoints/step-{stopped:08}." in log.read_text()
+        assert "DUE TO TIME LIMIT" not in log.read_text()
+
+        slurm.call("scancel", job)
+        assert slurm.wait_for_end(job) == "CANCELLED"
+        slurm.wait_for(lambda: stopped_at(folder) > stopped and watcher.words()[-1] == "stopped")
+    assert watcher.words() == ["not started", "running", "stopped", "running", "stopped"], watcher.told
+    assert any(re.match(r"Running: step \d+ of 100000", told) for told in watcher.said("running")), watcher.told
 
 
 def test_a_node_that_fails_before_the_first_checkpoint(slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path) -> None:
@@ -73,23 +114,36 @@ def test_a_node_that_fails_before_the_first_checkpoint(slurm: VirtualSlurm, undi
     assert what_was_written(folder) == what_was_written(undisturbed)
 
 
-def test_a_sweep_is_one_array_with_a_folder_for_each_run(slurm: VirtualSlurm, tmp_path: Path) -> None:
+def test_a_sweep_is_one_array_whose_tasks_are_preempted_one_by_one(slurm: VirtualSlurm, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     done = launch(
-        slurm, *RUN, "launch.nodes=1", "parallel=single", "training.steps=20", "training.eval_every_steps=10",
-        "optim.lr=1e-3,1e-2", f"run_dir={folder}",
-    )  # fmt: skip
+        slurm, *RUN, "launch.nodes=1", "parallel=single", "training.steps=40", "optim.lr=1e-3,1e-2", f"run_dir={folder}"
+    )
     job = job_number(done)
     assert done.stdout.splitlines()[1:] == ["run\toptim.lr", "0\t0.001", "1\t0.01"]
+    # The last task: its own number is that of the whole array.
+    slurm.wait_for(lambda: last_step(folder / "1") >= 3, PATIENCE_S)
+    slurm.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    slurm.wait_for_restart(f"{job}_1")
     for number in (0, 1):
         log = folder / "launch" / f"job-{job}_{number}.log"
         assert slurm.wait_for_end(f"{job}_{number}") == "COMPLETED", log.read_text()[-4000:]
-        assert (folder / f"{number}" / "finished.json").exists()
+        assert slurm.job(f"{job}_{number}")["Restarts"] == f"{number}"
+        assert ("as asked" in log.read_text()) == bool(number)
     rates = [yaml.safe_load((folder / f"{number}" / "config.yaml").read_text())["optim"]["lr"] for number in (0, 1)]
     assert rates == [1e-3, 1e-2]
     assert (folder / "sweep.tsv").read_text() == "run\toptim.lr\n0\t0.001\n1\t0.01\n"
     first, second = (what_was_written(folder / f"{number}")["metrics"][-1] for number in (0, 1))
     assert first["train/loss"] != second["train/loss"]
+
+    told = subprocess.run(
+        dynmoe("report", f"{folder}"), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert told.returncode == 0, told.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in told.stdout.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["run", "optim.lr", "state", "steps"]
+    assert rows[2:] == [["0", "0.001", "finished", "40 of 40"], ["1", "0.01", "finished", "40 of 40"]]
+    assert (folder / "report.html").exists()
 
 
 def test_what_sbatch_refuses_is_said_in_its_words(slurm: VirtualSlurm, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import PATIENCE_S, ROOT, RUN, dynmoe, environment, last_step, what_was_written
-from tests.cluster.two_hosts import TwoHosts, why_not
+from tests.cluster.two_hosts import NAMES, TwoHosts, why_not
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * PATIENCE_S)]
 
@@ -113,7 +114,22 @@ def test_another_job_is_kept_out_of_the_folder_from_both_hosts_and_ctrl_c_ends_t
     hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1))
 
 
-@pytest.mark.parametrize("kind", ("hosts_torchrun", "hosts_pdsh"))
+def wait_for_the_end_of_the_ranks(hosts: TwoHosts) -> None:
+    """Those of both hosts, within the time-out and what it takes to say so and to end."""
+    cut_s = time.monotonic()
+    ends: dict[int, float] = {}
+
+    def are_gone() -> bool:
+        for number in range(2):
+            if number not in ends and not hosts.ranks(number):
+                ends[number] = time.monotonic() - cut_s
+        return len(ends) == 2
+
+    hosts.wait_for(are_gone, TIMEOUT_S + 20)
+    print(f"The ranks were gone {', '.join(f'{ends[number]:.0f} s' for number in range(2))} after the cut.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_host_that_is_cut_off_is_an_error_on_both_and_the_job_goes_on_later(
     kind: str, hosts: TwoHosts, undisturbed: Path, tmp_path: Path, launches: list[Launch]
 ) -> None:
@@ -121,16 +137,56 @@ def test_a_host_that_is_cut_off_is_an_error_on_both_and_the_job_goes_on_later(
     first = start(launches, hosts, kind, folder, f"parallel.process_group_timeout_s={TIMEOUT_S}")
     try:
         hosts.wait_for(lambda: last_step(folder) >= 12 or first.process.poll() is not None, PATIENCE_S)
+        assert [bool(hosts.ranks(number)) for number in range(2)] == [True, True], first.said()[-4000:]
         hosts.cut()
-        # The ranks after the timeout; then what started them, ssh after 15 s without an answer among it.
-        hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1), TIMEOUT_S + 60)
+        wait_for_the_end_of_the_ranks(hosts)
+        # What started them: ssh ends after 15 s without an answer.
+        hosts.wait_for(lambda: not hosts.trainers(0) and not hosts.trainers(1), 40)
         assert first.code(60) not in (0, 85), first.said()[-4000:]
     finally:
         hosts.mend()
-    assert f"Another rank did not take part within {TIMEOUT_S} s" in first.said(), first.said()[-4000:]
+    # mpirun ends the ranks before their time-out, as soon as ssh does not answer.
+    by_mpirun = "dynmoe: the job has failed (exit code 255)."
+    by_rank = f"Another rank did not take part within {TIMEOUT_S} s"
+    assert (by_mpirun if kind == "hosts_openmpi" else by_rank) in first.said(), first.said()[-4000:]
     assert not (folder / "finished.json").exists()
 
     second = start(launches, hosts, kind, folder)
     assert second.code() == 0, second.said()[-4000:]
     assert f"Going on from {folder}/checkpoints/step-000000" in second.said()
     assert what_was_written(folder) == what_was_written(undisturbed)
+
+
+def test_started_by_hand_both_hosts_say_that_they_are_cut_off(
+    hosts: TwoHosts, tmp_path: Path, launches: list[Launch]
+) -> None:
+    """By the lines that `launch.start=print` prints: what each host says has a file of its own."""
+    folder = tmp_path / "run"
+    wanted = ("launch.start=print", f"parallel.process_group_timeout_s={TIMEOUT_S}", "training.steps=100000")
+    printing = start(launches, hosts, "hosts_torchrun", folder, *wanted)
+    assert printing.code() == 0, printing.said()
+    first, first_line, second, second_line = printing.said().splitlines()
+    assert (first, second) == tuple(f"# {name}" for name in NAMES)
+
+    logs = [tmp_path / f"{name}.log" for name in NAMES]
+    started = []
+    for number, line in enumerate((first_line, second_line)):
+        with logs[number].open("w") as log:
+            words = hosts.words(number, "bash", "-c", line)
+            started.append(subprocess.Popen(words, cwd="/", env=environment(), stdout=log, stderr=log))
+    try:
+        hosts.wait_for(lambda: last_step(folder) >= 3 or any(one.poll() is not None for one in started), PATIENCE_S)
+        assert [bool(hosts.ranks(number)) for number in range(2)] == [True, True], logs[0].read_text()[-4000:]
+        hosts.cut()
+        wait_for_the_end_of_the_ranks(hosts)
+        codes = [one.wait(40) for one in started]
+    finally:
+        hosts.mend()
+        for one in started:
+            one.kill()
+            one.wait()
+    for number, log in enumerate(logs):
+        assert f"[rank {number}] Another rank did not take part within {TIMEOUT_S} s" in log.read_text(), (
+            log.read_text()[-4000:]
+        )
+    assert all(codes), codes

@@ -140,6 +140,10 @@ class TwoHosts:
         words = {pid: _command_line(pid) for pid in self.pids(number)}
         return [pid for pid, own in words.items() if own[:1] == [sys.executable] and "train" in own]
 
+    def ranks(self, number: int) -> list[int]:
+        """Those that train."""
+        return [pid for pid in self.trainers(number) if "-m dynmoe_ds train" in " ".join(_command_line(pid))]
+
     def sent_bytes(self, number: int) -> int:
         """What has left a host through the cable."""
         path = "/sys/class/net/eth0/statistics/tx_bytes"

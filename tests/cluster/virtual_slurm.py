@@ -121,10 +121,14 @@ class VirtualSlurm:
         said = self.call("scontrol", "-o", "show", "job", number, check=False).splitlines()
         return dict(re.findall(r"(\S+?)=(\S*)", said[0])) if said else {}
 
+    def wait_for_restart(self, number: str, timeout_s: float = 900) -> None:
+        """Wait until a job has been requeued, for the first time."""
+        self.wait_for(lambda: self.job(number).get("Restarts") == "1" or self._has_ended(number), timeout_s)
+        assert self.job(number)["Restarts"] == "1", "it has ended"
+
     def wait_for_end(self, number: str, timeout_s: float = 900) -> str:
         """Wait until a job has ended for good; its state."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_for(lambda: self.job(number).get("JobState") in ends, timeout_s)
+        self.wait_for(lambda: self._has_ended(number), timeout_s)
         return self.job(number)["JobState"]
 
     def wait_for(self, condition: object, timeout_s: float = 60) -> None:
@@ -134,6 +138,9 @@ class VirtualSlurm:
         while not condition():
             assert time.monotonic() < end, f"{timeout_s} s have passed; {self.call('squeue', check=False)}"
             time.sleep(0.2)
+
+    def _has_ended(self, number: str) -> bool:
+        return self.job(number).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
     def _left_over(self) -> list[int]:
         """Processes that were started with this cluster's configuration."""

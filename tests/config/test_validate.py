@@ -10,9 +10,10 @@ import pytest
 from tests.helpers.run_config import changed
 
 from dynmoe_ds.adaptation import rule_fault
+from dynmoe_ds.config.data_faults import MIN_VOCAB_SIZE, SHARD_INDEX_FILE
 from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import MegatronIndexedConfig, RunConfig, TokenShardsConfig
-from dynmoe_ds.config.validate import MIN_VOCAB_SIZE, SHARD_INDEX_FILE, find_faults, find_faults_in
+from dynmoe_ds.config.validate import find_faults, find_faults_in
 from dynmoe_ds.data.shard_index import INDEX_FILE
 from dynmoe_ds.data.tokenizer import SMALLEST_VOCAB
 from dynmoe_ds.routing import router_config

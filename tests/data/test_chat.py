@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.chat_templates import PUBLISHED, published_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe_ds.data.chat import IGNORED, VICUNA_SYSTEM, Tokens, encode
+from dynmoe_ds.data.chat import IGNORED, VICUNA_SYSTEM, Tokens, encode, encode_prompt
 from dynmoe_ds.data.conversations import Conversation, Turn
 from dynmoe_ds.data.tokenizer import END_OF_TEXT, train_tokenizer
 from dynmoe_ds.errors import DataError
@@ -39,6 +40,11 @@ def run(template: str, conversation: Conversation = TALK, **options: Any) -> tup
     """The whole text with [I] for an image's tokens, the learned stretches, and the tokens."""
     words = tokenizer(**options)
     found = encode(conversation, words, template, image_token_id=IMAGE_ID, tokens_per_image=PER_IMAGE)
+    return *texts(words, found), found
+
+
+def texts(words: PreTrainedTokenizerFast, found: Tokens) -> tuple[str, list[str]]:
+    """The whole text, and the learned stretches."""
     assert len(found.input_ids) == len(found.labels)
     text, learned, stretch = "", [], []
     for token, label in zip([*found.input_ids, None], [*found.labels, IGNORED], strict=True):
@@ -50,7 +56,7 @@ def run(template: str, conversation: Conversation = TALK, **options: Any) -> tup
             stretch = []
         if token is not None:
             text += "[I]" if token == IMAGE_ID else words.decode([token])
-    return text, learned, found
+    return text, learned
 
 
 def test_plain_keeps_images_and_answers() -> None:
@@ -101,6 +107,24 @@ def test_a_tokenizer_that_begins_with_bos_does_so_once() -> None:
     found = encode(TALK, words, "vicuna", image_token_id=IMAGE_ID, tokens_per_image=1)
     assert found.input_ids == [words.bos_token_id, *plain.input_ids]
     assert found.labels == [IGNORED, *plain.labels]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_template_gives_what_transformers_makes_of_it(name: str, adds_bos: bool) -> None:
+    """BOS stands where the template writes it, and is added in front, as processors do it, where none does."""
+    of, said = PUBLISHED[name], ("Which digit?", "Seven.", "Sure?", "Yes.")
+    words = published_tokenizer(name, train_tokenizer(["Which digit? Seven. Sure? Yes. user"], 300), adds_bos=adds_bos)
+    found = encode(talk(*said, num_images=0), words, "own", image_token_id=IMAGE_ID, tokens_per_image=1)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    added = [words.bos_token_id] if adds_bos and name == "Zephyr" else []
+    assert found.input_ids == added + words.apply_chat_template(messages, return_dict=False)
+    text, learned = texts(words, found)
+    assert text == words.decode(added) + of.text and tuple(learned) == of.learned
+    prompt = encode_prompt(said[0], words, "own", image_token_id=IMAGE_ID, tokens_per_image=1)
+    want = words.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert prompt == added + want == found.input_ids[: len(prompt)]
+    assert found.labels[: len(prompt)] == [IGNORED] * len(prompt) and found.labels[len(prompt)] != IGNORED
 
 
 CHANGING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.helpers.chat_templates import PUBLISHED, published_tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from dynmoe_ds.data import ImageInput, read_picture, train_tokenizer
@@ -64,6 +65,26 @@ def test_prompts_become_the_same_ids(template: str, tokenizer: PreTrainedTokeniz
         for content in (parts, "<image>\nWhich digit?")
     ]
     assert rendered[0] == rendered[1]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_template_begins_as_the_processor_begins_it(name: str, adds_bos: bool, tmp_path: Path) -> None:
+    """With one BOS, whether the template writes it or the tokenizer adds it."""
+    words = published_tokenizer(name, train_tokenizer(["Which digit is it? user"], 300), adds_bos=adds_bos)
+    processor = read_back(words, tmp_path, "own")
+    image = Image.new("RGB", (30, 20), (9, 99, 199))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Which digit is it?"}]
+    found = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    want = encode_prompt(
+        "<image>\nWhich digit is it?", words, "own", image_token_id=max(words.get_vocab().values()) + 1,
+        tokens_per_image=9,
+    )  # fmt: skip
+    assert list(found["input_ids"][0]) == want
+    begins = name in ("Llama-2", "Llama-3", "Mistral", "Gemma") or (name == "Zephyr" and adds_bos)
+    assert (want[0] == words.bos_token_id, want.count(words.bos_token_id)) == (begins, int(begins))
 
 
 def test_answers_and_unknown_roles(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

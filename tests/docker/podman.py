@@ -76,9 +76,7 @@ class Podman:
 
     def __call__(self, *words: str, timeout_s: float = 300) -> str:
         """What a command of podman says, which must not fail."""
-        done = self.try_(*words, timeout_s=timeout_s)
-        assert done.returncode == 0, (words, done.stdout[-4000:], done.stderr[-4000:])
-        return done.stdout
+        return self._ended_well(*words, timeout_s=timeout_s).stdout
 
     def compose(self, *words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
         """What became of a command of podman-compose with our file."""
@@ -107,7 +105,8 @@ class Podman:
     def build(self, file: Path, tag: str, *words: str, timeout_s: float = 1800) -> str:
         """What a build from the repository says."""
         own = ("--isolation=chroot", "--network=host", "--format=docker", "--pull=never", *self._pip_settings())
-        return self("build", *own, "-f", f"{file}", "-t", tag, *words, f"{ROOT}", timeout_s=timeout_s)
+        done = self._ended_well("build", *own, "-f", f"{file}", "-t", tag, *words, f"{ROOT}", timeout_s=timeout_s)
+        return done.stdout + done.stderr
 
     def volume(self, name: str) -> Path:
         """Where a volume's files are."""
@@ -124,6 +123,11 @@ class Podman:
             self.try_(*words.split())
         self._run("umount", f"{self.folder}/storage/overlay", timeout_s=30)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _ended_well(self, *words: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        done = self.try_(*words, timeout_s=timeout_s)
+        assert done.returncode == 0, (words, done.stdout[-4000:], done.stderr[-4000:])
+        return done
 
     def _pip_settings(self) -> list[str]:
         """Options that let pip find in a build what it finds here. Of them the image keeps empty mount points only."""

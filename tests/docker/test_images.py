@@ -71,6 +71,7 @@ def test_the_doctor_finds_everything_and_is_the_health_check(podman: Podman, cpu
 
 def test_the_demo_trains_as_an_ordinary_user(podman: Podman, cpu: str) -> None:
     short = [f"training.{one}" for one in ("steps=20", "eval_every_steps=10", "eval_sequences=8", "sample_tokens=10")]
+    short += ["optim.warmup_steps=5", "adaptation.every_steps=10", "adaptation.window_steps=5"]
     volume = ("--volume", "demo:/home/dynmoe/runs")
     train = ("train", "experiment=demo", "run_dir=runs/demo", *short)
     said = podman("run", "--rm", *volume, cpu, *train, timeout_s=900)
@@ -79,7 +80,8 @@ def test_the_demo_trains_as_an_ordinary_user(podman: Podman, cpu: str) -> None:
     assert last_step(run) == 20
     podman("run", "--rm", *volume, cpu, "report", "runs/demo")
     assert list(run.glob("*.html"))
-    assert {path.stat().st_uid for path in run.rglob("*")} == {1000}
+    # Not of what links lead to: wandb has some to folders of the container.
+    assert {path.lstat().st_uid for path in run.rglob("*")} == {1000}
 
 
 def test_two_hosts_of_the_compose_file_train_as_one(podman: Podman, cpu: str) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BertConfig, BertModel
 
 import dynmoe_ds as dm
+from dynmoe_ds.checkpoint.entries import entries
 from dynmoe_ds.errors import CheckpointError, ConfigError
 from dynmoe_ds.export import moe_class
 from dynmoe_ds.export.hugging_face import KINDS
 from dynmoe_ds.models import build_decoder, dense_model
-from dynmoe_ds.moe import MoELayer, Placement
+from dynmoe_ds.moe import MoELayer, Placement, moe_layers
 from tests.helpers.run_config import small_run
 
 SIZES: dict[str, Any] = {
@@ -29,7 +30,8 @@ SIZES: dict[str, Any] = {
 VISION = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
 VISION |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 LLAVA_ON_PHI = "LlavaForConditionalGeneration on Phi"  # whose output layer has a bias
-UPCYCLED = [*(name for name in KINDS if "Mixtral" not in name and "Moe" not in name), LLAVA_ON_PHI]
+LLAVA_ON_QWEN = "LlavaForConditionalGeneration on Qwen2 with SigLIP"
+UPCYCLED = [*(name for name in KINDS if "Mixtral" not in name and "Moe" not in name), LLAVA_ON_PHI, LLAVA_ON_QWEN]
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,13 @@ def upcycled(name: str) -> Any:
     torch.manual_seed(0)
     kind = getattr(transformers, name.partition(" ")[0])
     if name.startswith("Llava"):
-        text = (transformers.PhiConfig if "Phi" in name else transformers.LlamaConfig)(**SIZES)
-        config = kind.config_class(vision_config=VISION, text_config=text, image_token_id=39, vision_feature_layer=-2)
+        decoder = next((decoder for decoder in ("Phi", "Qwen2") if decoder in name), "Llama")
+        tower: dict[str, Any] = {"vision_config": VISION}
+        if "SigLIP" in name:  # which has no token of its own before the patches
+            tower = {"vision_config": VISION | {"model_type": "siglip_vision_model"}}
+            tower["vision_feature_select_strategy"] = "full"
+        text = getattr(transformers, f"{decoder}Config")(**SIZES)
+        config = kind.config_class(text_config=text, image_token_id=39, vision_feature_layer=-2, **tower)
         model = dense_model(kind, config, seed=0)
         dm.upcycle(model.model.language_model, num_experts=3, num_slots=6, noise=0.3, seed=1)
     else:
@@ -88,6 +95,40 @@ def test_what_is_read_back_computes_the_same(name: str, tmp_path: Path) -> None:
     with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
         (key,) = (key for key in file.keys() if key.endswith("experts.w1"))  # noqa: SIM118 - a file, no dictionary
         assert file.get_slice(key).get_shape()[0] == 3
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """Every weight once, those of experts by their ids."""
+    found: dict[str, Tensor] = {}
+    for entry in entries(model):
+        if entry.slots is None:
+            found[entry.key] = entry.tensor
+        else:
+            found |= {name: entry.tensor[slot] for name, slot in entry.slots.items()}
+    return found
+
+
+def assert_same(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert found.keys() == want.keys()
+    unlike = [key for key in want if found[key].dtype != want[key].dtype or not torch.equal(found[key], want[key])]
+    assert unlike == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_every_weight_comes_back_as_it_was(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """From Hugging Face's format, and from there back into a model of this project."""
+    model = upcycled(name).to(dtype)
+    dm.export_hugging_face(model, tmp_path / "exported")
+    exported = auto(name).from_pretrained(tmp_path / "exported")
+    assert_same(weights(exported), weights(model))
+    dm.save_model(exported, tmp_path / "own")
+    back = dm.load_model(tmp_path / "own", num_slots=5)
+    assert type(back) is type(model) and back.config.model_type == model.config.model_type
+    assert not hasattr(back.config, "moe_layers")
+    assert_same(weights(back), weights(model))
+    assert {layer.num_slots for layer in moe_layers(back).values()} == {5}
+    assert torch.equal(logits(dm.load_model(tmp_path / "own")), logits(exported))
 
 
 def test_a_second_round_changes_nothing_at_all(tmp_path: Path) -> None:

@@ -194,29 +194,40 @@ def test_what_cannot_be_imported_is_refused_and_nothing_changes(build: Any, size
     assert [type(module) for module in model.modules()] == before
 
 
-def growing(rank: int, world_size: int) -> tuple[tuple[int, ...], tuple[int, ...], bool, list[float]]:
-    """Ids before and after an adaptation that splits every expert, whether slots were free, and losses."""
-    model = dm.import_top_k_model(mixtral(num_local_experts=3), num_slots=6)
-    layer = layers_of(model)[0]
-    before = layer.placement.live_ids
-    adaptation = dm.AdaptationConfig(every_steps=2, window_steps=1, rule="split_all", last_growth_step=2)
-    engine = dm.initialize(model=model, config=deepspeed_config(0, lr=1e-3), adaptation=adaptation)
-    engine.train()
-    ids, mask = batch()
-    losses = []
-    for _ in range(3):
-        loss = engine(input_ids=ids, attention_mask=mask, labels=ids).loss
-        losses.append(loss.item())
-        engine.backward(loss)
-        engine.step()
-    return before, layer.placement.live_ids, bool(layer.experts.w1[layer.active].flatten(1).any(1).all()), losses
+GROWING = {
+    "mixtral": lambda: mixtral(num_local_experts=3),
+    "qwen2": lambda: qwen2(num_experts=3),
+    "qwen3": lambda: qwen3(num_experts=3),
+}
 
 
-def test_an_imported_mixtral_grows() -> None:
-    before, after, are_whole, losses = run_ranks(growing, 1)[0]
-    assert before == (0, 1, 2)
-    assert len(after) == 6 and set(before) < set(after)
-    assert are_whole and all(0 < loss < 10 for loss in losses)
+def growing(rank: int, world_size: int) -> dict[str, tuple[list[tuple[int, ...]], bool, list[float]]]:
+    """By model: a layer's ids at every step, between which all experts split, whether all have weights, and losses."""
+    found = {}
+    for name, build in GROWING.items():
+        model = dm.import_top_k_model(build(), num_slots=6)
+        layer = layers_of(model)[0]
+        ids_by_step, losses = [], []
+        adaptation = dm.AdaptationConfig(every_steps=2, window_steps=1, rule="split_all", last_growth_step=2)
+        engine = dm.initialize(model=model, config=deepspeed_config(0, lr=1e-3), adaptation=adaptation)
+        engine.train()
+        ids, mask = batch()
+        for _ in range(3):
+            ids_by_step.append(layer.placement.live_ids)
+            loss = engine(input_ids=ids, attention_mask=mask, labels=ids).loss
+            losses.append(loss.item())
+            engine.backward(loss)
+            engine.step()
+        found[name] = (ids_by_step, bool(layer.experts.w1[layer.active].flatten(1).any(1).all()), losses)
+    return found
+
+
+def test_imported_models_grow() -> None:
+    for name, (ids, are_whole, losses) in run_ranks(growing, 1)[0].items():
+        first, second, grown = ids
+        assert first == second == (0, 1, 2), name
+        assert len(grown) == 6 and set(first) < set(grown), name
+        assert are_whole and all(0 < loss < 10 for loss in losses), name
 
 
 def on_two_ranks(rank: int, world_size: int) -> tuple[float, str]:

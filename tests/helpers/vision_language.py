@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from dynmoe_ds.config.load import load_config
@@ -27,6 +28,18 @@ def write_digits(folder: Path) -> Path:
     """48 samples to learn from and 10 held out."""
     write_digit_questions(folder, num_train=48, num_held_out=10)
     return folder
+
+
+def add_second_images(digits: Path) -> Path:
+    """Let every other sample that asks once about a picture ask the same about the next such sample's, too."""
+    for file in (digits / "train.json", digits / "held_out.json"):
+        samples = json.loads(file.read_text())
+        alone = [s for s in samples if "image" in s and len(s["conversations"]) == 2]
+        for first, second in zip(alone[::2], alone[1::2], strict=False):
+            first["image"] = [first["image"], second["image"]]
+            first["conversations"] = [*first["conversations"], *second["conversations"]]
+        file.write_text(json.dumps(samples))
+    return digits
 
 
 def empty_files(folder: Path) -> Path:

@@ -24,6 +24,7 @@ SHORTER = [
     "training.micro_batch_size=4", "training.log_every_steps=1", "adaptation.every_steps=2",
     "adaptation.window_steps=1",
 ]  # fmt: skip
+IMAGELESS = ("image", "text")  # what is asked in text alone has no picture
 LAYERS = ("model.language_model.layers.0.mlp", "model.language_model.layers.2.mlp")
 
 
@@ -77,8 +78,13 @@ def test_experts_grow_and_every_kind_is_told_apart(demo: tuple[Path, str]) -> No
     for kind in KINDS:
         for modality in ("image", "text"):
             name = f"eval/mean_k_per_kind/{modality} {kind}"
-            assert (name in found) == ((modality, kind) != ("image", "text")), name
+            assert (name in found) == ((modality, kind) != IMAGELESS), name
             assert 0 < found.get(name, 1.0) <= 8
+        assert 0 < found[f"eval/mean_k_per_question/{kind}"] <= 8
+    assert found["eval/mean_k_per_question/text"] == found["eval/mean_k_per_kind/text text"], "without images"
+    for modality in ("image", "text"):
+        of_kinds = [found[f"eval/mean_k_per_kind/{modality} {kind}"] for kind in KINDS if (modality, kind) != IMAGELESS]
+        assert min(of_kinds) <= found[f"eval/mean_k_per_modality/{modality}"] <= max(of_kinds)
     changes = [layer for event in lines(folder / "adaptation.jsonl") for layer in event["layers"].items()]
     for name in LAYERS:
         born, pruned = (sum(len(c[what]) for layer, c in changes if layer == name) for what in ("grown", "pruned"))
@@ -106,6 +112,9 @@ def test_the_reports_show_answers_kinds_and_live_experts(demo: tuple[Path, str],
     titles = {"Held-out questions answered", "Live experts", "Experts per token by kind", "Questions and answers"}
     assert {*titles, "Experts per token by kind and layer"} <= set(Page(one).alternatives)
     assert "kinds are shown" not in one, "all of them are"
+    for modality in ("image", "text"):
+        mean_k = last(folder)[f"eval/mean_k_per_modality/{modality}"]
+        assert f"experts per {modality} token, held-out, last{mean_k:.2f}" in Page(one).words
     live = {name: f"{last(folder)[f'moe/live_experts/{name}']:.0f}" for name in LAYERS}
     by_layer = {row[0]: row[1:3] for row in rows(one)}
     assert all(by_layer[name] == ["4", live[name]] for name in LAYERS)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynmoe_ds.errors import ConfigError
-from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, with_global_batch
+from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, find_rank_faults, with_global_batch
 from tests.launching.helpers import hostfile, launch_of, runs_of
 
 
 def faults_of(name: str, overrides: tuple[str, ...] = (), run_dir: str = "/nowhere/first", **values: Any) -> list[str]:
     launch = launch_of(name, **values)
-    return find_launch_faults(launch, runs_of(*overrides, run_dir=run_dir, check_files=name != "kubernetes"))
+    runs = runs_of(*overrides, run_dir=run_dir, check_files=name != "kubernetes")
+    return find_rank_faults(launch, runs.num_ranks) + find_launch_faults(launch, runs)
 
 
 def test_nothing_is_wrong(tmp_path: Path) -> None:
@@ -38,6 +40,10 @@ def test_more_ranks_than_gpus_and_ranks_that_nodes_do_not_share_evenly() -> None
         "9, or another number of nodes."
     )
     assert faults_of("slurm", ("parallel.num_ranks=16",), nodes=1, gpus_per_node=0) == [], "without GPUs nobody knows"
+    for kind in ("kubernetes", "kubernetes_mpi"):
+        pods = {"nodes": 2, "gpus_per_node": 4, "claim": "shared"}
+        (fault,) = faults_of(kind, ("parallel.num_ranks=16",), run_dir="/workspace/first", **pods)
+        assert fault.startswith("parallel.num_ranks is 16, which is 8 per node, but there are only 4 GPUs per node x 2")
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +70,22 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     assert faults_of("slurm", image="docker://repo/moe:1", container="apptainer") == []
     assert faults_of("slurm", image="repo#moe:1", container="pyxis") == []
+
+
+def test_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for python in ("/opt/venv/bin/python", "venv/bin/python"):
+        message = (
+            f"launch.python is '{python}', which does not exist here ({tmp_path}). Correct the path, or give a name "
+            "without '/' for what is on the PATH there."
+        )
+        assert faults_of("slurm", python=python) == [message]
+        for kind in ("hosts_pdsh", "hosts_openmpi", "hosts_torchrun"):
+            assert faults_of(kind, python=python, hostfile=hostfile(tmp_path)) == [message]
+        container = {"container": "apptainer", "image": "docker://repo/moe:1"}
+        assert faults_of("slurm", python=python, **container) == [], "it is in the image"
+    for python in (sys.executable, "python3"):
+        assert faults_of("slurm", python=python) == []
 
 
 def test_a_job_that_would_refuse_its_own_folder() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.cluster import two_hosts, virtual_slurm
+from tests.cluster import conftest, two_hosts, virtual_slurm
 
 
 def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -22,3 +23,22 @@ def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "no sinfo and no scancel. On Debian: apt-get install slurm-wlm munge."
     )
     assert str(two_hosts.why_not("pdsh")).startswith("There is no ip and no unshare and no pdsh. On Debian: apt-get")
+
+
+def test_the_absence_of_everything_is_a_failure_where_these_tests_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def collect(expression: str) -> None:
+        conftest.pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=expression)))  # type: ignore[arg-type]
+
+    missing = {"slurm": "There is no munged.", "hosts": "There is no ip."}
+    monkeypatch.setattr(virtual_slurm, "why_not", lambda: missing.get("slurm"))
+    monkeypatch.setattr(two_hosts, "why_not", lambda *programs: missing.get("hosts"))
+    collect("not cluster")
+    with pytest.raises(pytest.exit.Exception, match=r"There is no munged\. There is no ip\.") as left:
+        collect("cluster")
+    assert left.value.returncode == 1
+    for there in ("slurm", "hosts"):
+        told = missing.pop(there)
+        collect("cluster")  # which runs a part, and skips the other
+        missing[there] = told

@@ -55,24 +55,51 @@ def test_the_schemas_are_met(name: str, values: dict[str, Any]) -> None:
         validate(manifest)
 
 
+def changed(manifest: Mapping[str, Any], path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    """A copy with another value at one place."""
+    copied = copy.deepcopy(dict(manifest))
+    place: Any = copied
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return copied
+
+
 def test_the_schemas_refuse_what_is_wrong() -> None:
     config_map, job = manifests("kubernetes")
     pod = ("spec", "pytorchReplicaSpecs", "Master", "template", "spec")
-    for path, value in (
-        (("kind",), "MPIJob"), (("spec", "pytorchReplicaSpecs", "Master", "restartPolicy"), "Sometimes"),
-        (("spec", "replicas"), 2), (("metadata", "name"), "My_Job"),
-        ((*pod, "containers", 0, "env", 0, "value"), 1), ((*pod, "containers", 0, "comand"), ["true"]),
-        ((*pod, "volumes", 1, "persistentVolumeClaim"), {}),
-    ):  # fmt: skip
-        wrong = copy.deepcopy(job)
-        place = wrong
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
+    wrong = [
+        changed(job, path, value)
+        for path, value in (
+            (("kind",), "MPIJob"), (("spec", "pytorchReplicaSpecs", "Master", "restartPolicy"), "Sometimes"),
+            (("spec", "replicas"), 2), (("metadata", "name"), "My_Job"),
+            ((*pod, "containers", 0, "env", 0, "value"), 1), ((*pod, "containers", 0, "comand"), ["true"]),
+            ((*pod, "volumes", 1, "persistentVolumeClaim"), {}),
+        )
+    ]  # fmt: skip
+    _, mpi_job = manifests("kubernetes_mpi")
+    worker = ("spec", "mpiReplicaSpecs", "Worker")
+    wrong += [
+        changed(mpi_job, path, value)
+        for path, value in (
+            (("apiVersion",), "kubeflow.org/v1"), (("spec", "launcherCreationPolicy"), "WhenReady"),
+            (("spec", "waitForWorkers"), True), (("spec", "mpiImplementation"), "MVAPICH"),
+            (("spec", "runPolicy", "managedBy"), "me"), (("spec", "managedBy"), "kueue.x-k8s.io/multikueue"),
+            ((*worker, "replicas"), 0), ((*worker, "template", "spec", "containers", 0, "command"), "sshd"),
+            (("spec", "mpiReplicaSpecs", "Master"), mpi_job["spec"]["mpiReplicaSpecs"]["Launcher"]),
+        )
+    ]  # fmt: skip
+    wrong.append({**config_map, "data": {"config.yaml": 1}})
+    for manifest in wrong:
         with pytest.raises(jsonschema.ValidationError):
-            validate(wrong)
-    with pytest.raises(jsonschema.ValidationError):
-        validate({**config_map, "data": {"config.yaml": 1}})
+            validate(manifest)
+
+
+def test_the_schema_of_an_mpi_job_takes_what_the_operator_has() -> None:
+    _, job = manifests("kubernetes_mpi")
+    validate(changed(job, ("spec", "runLauncherAsWorker"), True))
+    validate(changed(job, ("spec", "mpiImplementation"), "MPICH"))
+    validate(changed(job, ("spec", "runPolicy", "managedBy"), "kueue.x-k8s.io/multikueue"))
 
 
 def pod_of(replicas: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,6 +162,7 @@ def test_mpirun_starts_all_ranks_and_tells_them_where_the_first_one_is(tmp_path:
     assert "-x MASTER_ADDR -x MASTER_PORT " in line and "-x NCCL_DEBUG " in line
     assert line.endswith("python3 -u -m dynmoe_ds train --config /etc/dynmoe/config.yaml")
     assert "resources" not in launcher, "GPUs are for the workers"
+    assert spec["launcherCreationPolicy"] == "WaitForWorkersReady", "or mpirun finds no sshd and uses up restarts"
     assert spec["slotsPerWorker"] == 4 and spec["mpiReplicaSpecs"]["Worker"]["replicas"] == 2
     _, worker = pod_of(spec["mpiReplicaSpecs"]["Worker"])
     assert worker["command"] == ["/usr/sbin/sshd", "-De"]

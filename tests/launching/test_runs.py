@@ -8,7 +8,7 @@ import pytest
 
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.launching.freeze import sweep_table
-from dynmoe_ds.launching.runs import load_runs
+from dynmoe_ds.launching.runs import find_num_ranks, load_runs
 from tests.launching.helpers import SMOKE, runs_of
 
 
@@ -40,6 +40,12 @@ def test_every_fault_of_every_run_once() -> None:
         "optim.lr is -1.0", "parallel.ep_size is 2 but must divide the 3 ranks", "training.steps is 0",
     ):  # fmt: skip
         assert [fault for fault in caught.value.faults if text in fault], text
+
+
+def test_the_number_of_ranks_is_known_in_spite_of_other_faults() -> None:
+    assert find_num_ranks([*SMOKE, "parallel.ep_size=3", "parallel.num_ranks=6,4", "optim.lrr=1"]) == 6
+    for wrong in ("parallel.num_ranks=many", "parallel.num_ranks=0", "seed=${nothing}"):
+        assert find_num_ranks([*SMOKE, wrong]) is None
 
 
 def test_runs_of_a_sweep_have_as_many_ranks() -> None:

@@ -72,6 +72,54 @@ def test_what_a_rank_is_started_with(tmp_path: Path) -> None:
     assert code == 0
 
 
+def test_what_pyxis_is_asked_for(tmp_path: Path) -> None:
+    values = {"container": "pyxis", "image": "nvcr.io#nvidia/pytorch:26.06-py3", "mounts": ["/my data:/data:ro"]}
+    run, here = f"{tmp_path}/a run", os.getcwd()
+    _, said = end(start(tmp_path, render(launch_of("slurm", **values), runs_of(run_dir=run)), 'printf "<%s>" "$@"'))
+    assert said == (
+        "<--kill-on-bad-exit=1><--container-image=nvcr.io#nvidia/pytorch:26.06-py3>"
+        f"<--container-mounts={run}:{run},{here}:{here},/my data:/data:ro><--container-workdir={here}>"
+        f'<bash><-c><trap "" USR1; exec "$@"><rank><env><PYTHONSAFEPATH=1><PYTHONPATH={run}/launch/code>'
+        f"<python3><-u><-m><dynmoe_ds><train><--config><{run}/launch/config.yaml>"
+    )
+
+
+APPTAINER = """
+[ "$1 $2 $3 $5" = "exec --nv --bind --pwd" ] || { echo "apptainer was called with $*"; exit 9; }
+printf 'binds %s\\nimage %s\\n' "$4" "$7"
+cd "$6" && shift 7 && exec "$@"
+"""
+RANK = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+print("rank", os.getcwd(), os.environ["PYTHONPATH"], os.environ["NOTE"], *sys.argv[1:], flush=True)
+pathlib.Path(os.environ["HERE"]).touch()
+time.sleep(60)
+"""
+
+
+def test_what_apptainer_runs_hears_the_signal_and_its_exit_code_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    # What it finds in the image is looked for on the same PATH here.
+    programs(tmp_path, apptainer=APPTAINER, python3=f'exec {sys.executable} {tmp_path}/rank.py "$@"')
+    values = {"container": "apptainer", "image": "a moe.sif", "mounts": ["/my data:/data:ro"], "requeue": False}
+    run, there = f"{tmp_path}/a run", tmp_path / "here"
+    launch = launch_of("slurm", environment=["NOTE=a b", f"HERE={there}"], gpus_per_node=1, **values)
+    srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    process = start(tmp_path, render(launch, runs_of(run_dir=run)), srun)
+    while not there.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    code, said = end(process)
+    here = os.getcwd()
+    assert said.splitlines() == [
+        f"binds {run}:{run},{here}:{here},/my data:/data:ro",
+        "image a moe.sif",
+        f"rank {here} {run}/launch/code a b -u -m dynmoe_ds train --config {run}/launch/config.yaml",
+    ]
+    assert code == 85
+
+
 def test_the_runs_of_a_sweep_have_their_own_folders(tmp_path: Path) -> None:
     script = render(launch_of("slurm"), runs_of("seed=1,2", run_dir=f"{tmp_path}/s"))
     _, said = end(start(tmp_path, script, 'echo "${@: -1}"', SLURM_ARRAY_TASK_ID="1"))
@@ -93,6 +141,13 @@ def test_only_a_run_with_a_checkpoint_is_requeued(code: int, requeue: bool, is_r
         assert (tmp_path / "requeued").read_text() == "requeue 123456\n"
     else:
         assert returned == code
+
+
+def test_a_run_of_a_sweep_is_requeued_without_the_others(tmp_path: Path) -> None:
+    """By its number in the array: that of the job is the whole array's for one of them."""
+    own = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "1"}
+    end(start(tmp_path, render(launch_of("slurm"), runs_of("seed=1,2")), "exit 85", **own))
+    assert (tmp_path / "requeued").read_text() == "requeue 123456_1\n"
 
 
 def test_the_signal_before_the_end_reaches_the_step(tmp_path: Path) -> None:

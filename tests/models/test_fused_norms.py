@@ -53,3 +53,12 @@ def test_a_norm_that_scales_otherwise_is_left_alone() -> None:
     before = _loss(model)
     fuse_norms(model)
     assert torch.equal(_loss(model), before)
+
+
+def test_an_apex_without_its_kernel_for_norms_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fake_apex(tmp_path)
+    (tmp_path / "fused_layer_norm_cuda.py").unlink()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert fuse_norms(_model()) == "torch"
+    for name in MODULES:
+        sys.modules.pop(name, None)

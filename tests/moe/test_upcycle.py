@@ -28,6 +28,10 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -44,6 +48,7 @@ from transformers import (
 )
 
 import dynmoe_ds as dm
+from dynmoe_ds.distributed import expert_parallel_group
 from dynmoe_ds.errors import ConfigError
 from tests.helpers.models import deepspeed_config
 from tests.helpers.spawn import run_ranks
@@ -253,6 +258,20 @@ def test_layers_by_word_and_by_index(layers, chosen):
     assert layer_names(dm.upcycle(make("llama"), layers=layers)) == [PATHS["llama"].format(i) for i in chosen]
 
 
+@pytest.mark.parametrize(("layers", "chosen"), [("first_half", [0]), ("second_half", [1, 2])])
+def test_the_middle_of_an_odd_number_of_layers_is_of_the_second_half(layers, chosen):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **SIZES | {"num_hidden_layers": 3}))
+    assert layer_names(dm.upcycle(model, layers=layers)) == [PATHS["llama"].format(i) for i in chosen]
+
+
+def test_the_mlp_in_the_head_of_siglip_is_no_layer():
+    dense = make("siglip")
+    model = dm.upcycle(deepcopy(dense), layers="all")
+    assert len(layer_names(model)) == LAYERS
+    head, before = model.head.mlp.fc1, dense.head.mlp.fc1
+    assert isinstance(head, nn.Linear) and torch.equal(head.weight, before.weight)
+
+
 def test_a_layer_s_training_mode_dtype_and_frozen_weights_are_kept():
     model = make("llama").to(torch.bfloat16).train()
     model.model.layers[0].mlp.requires_grad_(False)
@@ -328,8 +347,31 @@ REFUSED = {
     "parts of units": (vit, {"num_experts": 7, "parts": 7}, r"divide the hidden units of vit\.layers\.0\.mlp, 24"),
     "bias": (lambda: llama(mlp_bias=True), {}, "mlp has biases in down_proj, gate_proj, up_proj, unlike a swiglu"),
     "chunks": (lambda: bert(chunk_size_feed_forward=2), {}, "Set chunk_size_feed_forward to 0"),
-    "no FFN": (lambda: nn.Sequential(nn.Linear(3, 3)), {}, "Sequential has no feed-forward network of a known form"),
-    "GPT-2": (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)), {}, "no feed-forward network"),
+    "no FFN": (
+        lambda: nn.Sequential(nn.Linear(3, 3)),
+        {},
+        "Sequential has no .* of a known form .* Found: no numbered",
+    ),
+    "GPT-2": (
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2)),
+        {},
+        r"GPT2LMHeadModel has no feed-forward network of a known form in numbered layers\..*\. Found: "
+        r"transformer\.h\.\*\.mlp \(GPT2MLP\) with c_fc \(Conv1D\), c_proj \(Conv1D\), act \(\w+\), "
+        r"dropout \(Dropout\)\.$",
+    ),
+    "Phi-3": (
+        lambda: Phi3ForCausalLM(Phi3Config(vocab_size=11, pad_token_id=0, **SIZES)),
+        {},
+        r"Found: model\.layers\.\*\.mlp \(Phi3MLP\) with gate_up_proj \(Linear\), down_proj \(Linear\), "
+        r"activation_fn \(\w+\)\.$",
+    ),
+    "OPT": (
+        lambda: OPTForCausalLM(
+            OPTConfig(vocab_size=11, hidden_size=D, ffn_dim=F, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        {},
+        r"Found: model\.decoder\.layers\.\* \(OPTDecoderLayer\) with .*fc1 \(Linear\), fc2 \(Linear\)",
+    ),
     "twice": (lambda: dm.upcycle(vit(), layers=[0]), {"layers": [1]}, r"has MoELayers already: vit\.layers\.0\.mlp"),
     "several places": (
         lambda: nn.ModuleDict({"eye": siglip(), "other": vit()}),
@@ -377,24 +419,25 @@ def test_dropout_inside_a_feed_forward_network_is_refused():
 
 
 def _states(rank: int, world_size: int) -> list[dict[str, Tensor]]:
-    """The upcycled model's state with the experts of all ranks, for EP 1 and for EP over all ranks."""
+    """The upcycled model's state with the experts of all ranks of its pool, by how many share one."""
     states = []
-    for ep_size in (1, world_size):
+    for ep_size in (1, 2, 4):
         model = dm.upcycle(make("bert"), layers="odd", num_experts=3, num_slots=4, ep_size=ep_size, seed=9, noise=0.1)
         whole = state(model)
         for name, value in whole.items():
             if ".experts." in name and ep_size > 1:
-                parts = [torch.empty_like(value) for _ in range(world_size)]
-                dist.all_gather(parts, value)
+                parts = [torch.empty_like(value) for _ in range(ep_size)]
+                dist.all_gather(parts, value, group=expert_parallel_group(ep_size))
                 whole[name] = torch.cat(parts)
         states.append(whole)
     return states
 
 
 def test_all_layouts_start_from_the_same_model():
-    for alone, shared in run_ranks(_states, 2):
-        assert alone.keys() == shared.keys()
-        assert all(torch.equal(shared[name], value) for name, value in alone.items())
+    for alone, *others in run_ranks(_states, 4):
+        for shared in others:
+            assert alone.keys() == shared.keys()
+            assert all(torch.equal(shared[name], value) for name, value in alone.items())
 
 
 # One expert with softmax weights has weight 1 and no gradient through it: exactly the dense FFN, in training too.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, FINISHED_FILE, LINE_FILES, RunFolder
+from dynmoe_ds.telemetry.run_folder import CONFIG_FILE, FINISHED_FILE, LINE_FILES, SWEEP_FILE, RunFolder
 from dynmoe_ds.telemetry.run_state import note_stop
-from dynmoe_ds.telemetry.sweep import SWEEP_FILE
 from tests.telemetry.fake_run import write_fake_run
 
 CONFIG = "training:\n  steps: 20\n"

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from dynmoe_ds.errors import ConfigError, DivergenceError
-from dynmoe_ds.telemetry.metrics import METRICS, OF_THE_MACHINE, Metric, meaning_of, reduce_over_ranks, tier_of
+from dynmoe_ds.telemetry.metrics import (
+    METRICS,
+    OF_THE_MACHINE,
+    Metric,
+    is_of_the_machine,
+    meaning_of,
+    reduce_over_ranks,
+    tier_of,
+)
 from tests.helpers.spawn import run_ranks
 
 
@@ -43,6 +51,11 @@ def test_what_people_watch_is_brief_and_what_grows_with_the_model_is_not() -> No
     per_something = {name for name in brief if "<" in name}
     assert per_something == {"moe/live_experts/<layer>", "eval/exact_match/<kind>"}
     assert tier_of("moe/mean_k/a") == tier_of("moe/controller/p/a") == tier_of("train/compute_time_s/3") == "detailed"
+
+
+def test_clocks_differ_between_runs_that_are_the_same() -> None:
+    of_the_machine = ["time_s", "train/wait_time_s", "train/compute_time_s/1", "train/peak_memory_gib"]
+    assert [*filter(is_of_the_machine, [*of_the_machine, "step", "train/loss", "moe/mean_k/train/x"])] == of_the_machine
 
 
 def test_a_metric_cannot_be_changed() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from dynmoe_ds.errors import DataError
 from dynmoe_ds.telemetry.drawing import new_figure, smoothed, tokens_above
-from dynmoe_ds.telemetry.history import LoadLine, Series, read_history
-from dynmoe_ds.telemetry.pictures import MAX_EXPERTS_SHOWN, draw_pictures, evenly_chosen, merged_loads, short_names
+from dynmoe_ds.telemetry.expert_pictures import MAX_EXPERTS_SHOWN
+from dynmoe_ds.telemetry.history import Series, read_history
+from dynmoe_ds.telemetry.pictures import draw_pictures, evenly_chosen, short_names
 from dynmoe_ds.telemetry.report import write_report
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from tests.telemetry.events_for_tests import LAYER, event
@@ -106,6 +107,16 @@ def test_active_parameters_are_among_the_facts_where_they_were_logged(tmp_path: 
     assert facts(write_report(tmp_path).read_text())["active parameters per token, last"] == "373.9M"
     folder.append_metrics(30, {"moe/active_parameters": math.nan}, time_s=10.0)
     assert facts(write_report(tmp_path).read_text())["active parameters per token, last"] == "not a finite number"
+
+
+def test_mean_k_of_modalities_is_among_the_facts_where_it_was_logged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step, image in ((10, 1.0), (20, 2.254)):
+        values = {"eval/mean_k_per_modality/image": image, "eval/mean_k_per_question/text": 7.0}
+        folder.append_metrics(step, values, time_s=float(step))
+    found = facts(write_report(tmp_path).read_text())
+    assert found["experts per image token, held-out, last"] == "2.25"
+    assert not any("7.0" in value or "text token" in name for name, value in found.items())
 
 
 def run_of_two_layers(path: Path, values: dict[int, tuple[float, float]]) -> Path:
@@ -294,14 +305,3 @@ def test_smoothing_against_a_plain_loop() -> None:
     expected[4] = (4 + 6 + 2) / 3
     result = smoothed(Series(steps=list(range(7)), values=values), half_width=2)
     assert result.values == pytest.approx(expected, nan_ok=True)
-
-
-def test_merged_loads_add_up() -> None:
-    loads = [
-        LoadLine(from_step=step, to_step=step + 1, tokens_per_expert={0: 1, step: 2}, num_tokens=10)
-        for step in range(1, 6)
-    ]
-    merged = merged_loads(loads, 3)
-    assert [(line.from_step, line.to_step, line.num_tokens) for line in merged] == [(1, 3, 20), (3, 5, 20), (5, 6, 10)]
-    assert merged[0].tokens_per_expert == {0: 2, 1: 2, 2: 2}
-    assert merged_loads(loads, 5) == loads

@@ -13,8 +13,8 @@ import pytest
 from dynmoe_ds.errors import ConfigError, DataError
 from dynmoe_ds.telemetry.comparison import MAX_RUNS_SHOWN, write_sweep_page
 from dynmoe_ds.telemetry.history import read_history
-from dynmoe_ds.telemetry.run_folder import METRICS_FILE, RunFolder
-from dynmoe_ds.telemetry.sweep import SWEEP_FILE, is_sweep, read_sweep, remarks, summary_table, write_summary
+from dynmoe_ds.telemetry.run_folder import METRICS_FILE, SWEEP_FILE, RunFolder
+from dynmoe_ds.telemetry.sweep import is_sweep, read_sweep, remarks, summary_table, write_summary
 from tests.telemetry.fake_sweep import write_fake_sweep
 from tests.telemetry.test_report import Page
 

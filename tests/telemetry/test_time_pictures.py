@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe_ds.telemetry import time_pictures
 from dynmoe_ds.telemetry.comparison import write_comparison
 from dynmoe_ds.telemetry.history import read_history
 from dynmoe_ds.telemetry.pictures import draw_pictures
 from dynmoe_ds.telemetry.report import write_report
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from dynmoe_ds.telemetry.time_pictures import PARTS, time_shares
+from tests.telemetry.drawn_axes import catch_axes, lines_of
 from tests.telemetry.fake_run import write_fake_run
 from tests.telemetry.test_comparison import rows
 from tests.telemetry.test_report import facts
@@ -47,7 +49,7 @@ def test_time_and_imbalance_are_drawn_and_told(tmp_path: Path) -> None:
         {"compute": (5 + 24) / 40, "communication": (3 + 3) / 40, "wait": 2 / 40, "data": 3 / 40}
     )
     drawn = {picture.name: picture for picture in draw_pictures(history)}
-    assert {"step_time", "rank_imbalance"} <= set(drawn)
+    assert list(drawn)[-3:] == ["step_time", "memory", "rank_imbalance"]
     told = facts(write_report(path).read_text())
     assert told["of a step's time, computing"] == "72%"  # of 72.5
     assert told["most memory of a rank"] == "2.50 GiB"
@@ -59,6 +61,18 @@ def test_time_and_imbalance_are_drawn_and_told(tmp_path: Path) -> None:
     other = {picture.name: picture for picture in draw_pictures(read_history(run(tmp_path / "b", lines)))}
     assert other["step_time"].png != drawn["step_time"].png
     assert other["rank_imbalance"].png == drawn["rank_imbalance"].png
+    assert other["memory"].png == drawn["memory"].png
+
+
+def test_memory_is_drawn_over_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run(
+        tmp_path / "run", {step: {"train/peak_memory_gib": gib} for step, gib in ((10, 2.5), (20, 3.25), (40, 2.0))}
+    )
+    caught = catch_axes(monkeypatch, time_pictures)
+    assert [picture.name for picture in draw_pictures(read_history(path))] == ["memory"]
+    (points,) = lines_of(caught["memory"]).values()
+    assert points == [(10, 2.5), (20, 3.25), (40, 2.0)]
+    assert caught["memory"].get_ylim()[0] == 0
 
 
 @pytest.mark.parametrize("missing", ["all", "one", "no time"])

@@ -5,11 +5,13 @@ import io
 import json
 import logging
 import math
+import os
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,16 +234,120 @@ def test_wandb_offline_fills_the_run_folder_and_talks_to_nobody(
     assert "grew expert 4 (copy_nearest of 2)" in json.loads(table.read_text())["data"][0][1]
 
 
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What a .wandb file holds: after 7 bytes LevelDB's log, in blocks of 32 KiB, of parts with a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    written, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(written):
+        if (left := 2**15 - at % 2**15) < 7:  # too little for a part's head
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", written, at + 4)
+        record += written[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole one, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def records_when_written(file: Path) -> list[Any]:
+    """The records, with those of a run and of its history: on a busy machine they come some time after the end."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = list(wandb_records(file))
+        is_whole = all(any(one.HasField(kind) for one in found) for kind in ("run", "history"))
+        if is_whole or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def test_two_starts_offline_are_two_parts_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run_dir = tmp_path / "rates" / "0"
+    run_dir.mkdir(parents=True)
+    (tmp_path / "rates" / "sweep.tsv").write_text("run\tseed\n0\t1\n")
+    for step in (1, 2):
+        tracker = WandbTracker(run_dir, {"seed": 1}, "project", "offline")
+        tracker.log(step, metrics(train__loss=float(step)))
+        tracker.close()
+        time.sleep(2 - step)  # parts are named by the second
+    parts = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2, "wandb does not go on in the first one"
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    for step, part in enumerate(parts, 1):
+        found = records_when_written(part / f"run-{run_id}.wandb")
+        (run,) = (record.run for record in found if record.HasField("run"))
+        assert (run.run_id, run.run_group, run.display_name, run.project) == (run_id, "rates", "0", "project")
+        assert run.resume, "so that `wandb sync` asks the server where the part before has ended"
+        assert {(one.key, one.value_json) for one in run.config.update} > {("seed", "1"), ("slurm_job_id", '"77"')}
+        (logged,) = (record.history for record in found if record.HasField("history"))
+        values = {one.nested_key[0]: one.value_json for one in logged.item}
+        assert (values["step"], values["train/loss"]) == (f"{step}", f"{step}")
+
+
 def test_wandb_goes_on_in_the_same_run_of_the_same_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(wandb, "init", lambda **options: given.append(options) or FailingRun())
-    for name in ("a", "a", "b"):
-        WandbTracker(tmp_path / "sweep" / name, {}, "project", "offline")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    runs, stage = tmp_path / "runs", {"stage": {"has_experts": True}}
+    for name, config in (
+        ("a", {}),
+        ("a", {}),
+        ("b", {}),
+        ("1_language", stage),
+        ("1_language", {}),
+        ("language", stage),
+    ):
+        WandbTracker(runs / name, config, "project", "offline")
     assert given[0]["id"] == given[1]["id"] != given[2]["id"] and len(given[0]["id"]) == 16
-    assert [options["name"] for options in given] == ["a", "a", "b"]
-    assert {(options["group"], options["resume"]) for options in given} == {("sweep", "allow")}
+    assert [options["name"] for options in given[:3]] == ["a", "a", "b"]
+    assert {options["resume"] for options in given} == {"allow"}
+    settings = given[0]["settings"]
+    assert (settings.init_timeout, settings.finish_timeout, settings.finish_timeout_raises) == (60, 60, True)
+    assert [options["group"] for options in given] == ["a", "a", "b", "runs", "1_language", "language"]
+    (runs / "sweep.tsv").write_text("run\tseed\n")
+    WandbTracker(runs / "a", {}, "project", "offline")
+    assert given[-1]["group"] == "runs" and given[-1]["config"] == {}
+
+
+_ONLINE = """
+import logging, os, sys
+from pathlib import Path
+from dynmoe_ds.telemetry import Metric, RunFolder, build_trackers, trackers
+logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+trackers.WANDB_INIT_TIMEOUT_S = 1
+for key in ({}, {"WANDB_API_KEY": "a" * 40}):
+    os.environ.update(key)
+    folder = RunFolder(Path(sys.argv[1]) / f"{len(key)}")
+    common = {"rank": 0, "config": {}, "total_steps": 2, "wandb_project": "p", "stream": sys.stdout}
+    made = build_trackers(folder=folder, wandb_mode="online", **common)
+    for step in (1, 2):
+        for tracker in made:
+            tracker.log(step, [Metric(name="train/loss", value=1.0, reduction="mean")])
+    for tracker in made:
+        tracker.close()
+"""
+
+
+def test_online_without_a_key_or_without_an_answer_is_one_warning(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    own |= {"HOME": f"{tmp_path}", "NETRC": f"{tmp_path}/none", "WANDB_BASE_URL": nobody}
+    command = [sys.executable, "-c", _ONLINE, f"{tmp_path}"]
+    done = subprocess.run(
+        command, env=own, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180, check=True
+    )
+    no_key, no_answer = [line for line in done.stderr.splitlines() if line.startswith("WARNING ")]
+    assert no_key.startswith("WARNING wandb failed while starting (UsageError: No API key configured.")
+    assert no_answer.startswith("WARNING wandb failed while starting (CommError: ")
+    for number, warning in enumerate((no_key, no_answer)):
+        assert warning.endswith("). Training goes on without it; the run folder still gets every number.")
+        assert [line["train/loss"] for line in read_metrics(tmp_path / f"{number}")] == [1.0, 1.0]
+    assert done.stdout.count("step  2/2  loss 1.000") == 2, "the progress lines"
 
 
 def written(folder: Path) -> Any:

@@ -18,8 +18,8 @@ def _records(tokens_per_slot: list[int], num_tokens: int, num_unrouted: int) -> 
     )
 
 
-def _placement(*expert_ids: int | None) -> Placement:
-    return Placement(expert_ids=expert_ids, next_id=9, ep_size=1)
+def _placement(*expert_ids: int | None, ep_size: int = 1) -> Placement:
+    return Placement(expert_ids=expert_ids, next_id=9, ep_size=ep_size)
 
 
 def test_loads_follow_experts_when_a_slot_changes_hands():
@@ -48,6 +48,18 @@ def test_mean_k_is_the_mean_over_layers_and_free_slots_have_no_line():
     metrics = {metric.name: metric.value for metric in loads.metrics("eval")}
     assert metrics["eval/mean_k"] == 0.75
     assert loads.line(now)["b"]["load"] == {4: 4}
+
+
+def test_rows_are_those_of_the_ranks_on_which_experts_were():
+    """Two slots a rank. Experts 0 and 1 with 6 tokens, and expert 2 with 2; then expert 1 moves to the second rank."""
+    loads = ExpertLoads()
+    loads.add({"a": _records([1, 5, 2, 0], 8, 0)}, {"a": _placement(0, 1, 2, None, ep_size=2)})
+    assert loads.line({"a": _placement(0, 1, 2, None, ep_size=2)})["a"]["rows_per_rank"] == [6, 2]
+    moved = {"a": _placement(0, None, 2, 1, ep_size=2)}
+    loads.add({"a": _records([3, 0, 1, 4], 8, 0)}, moved)
+    assert loads.line(moved) == {
+        "a": {"load": {0: 4, 2: 3, 1: 9}, "num_tokens": 16, "num_unrouted": 0, "rows_per_rank": [9, 7]}
+    }
 
 
 def test_without_moe_layers_there_is_nothing_to_log():

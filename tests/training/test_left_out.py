@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 
 import pytest
 from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
 
+from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.data import BrokenSamples
+from dynmoe_ds.errors import DynMoEError
 from dynmoe_ds.telemetry import read_metrics
 from dynmoe_ds.training import Trainer
+from dynmoe_ds.training.evaluation import held_out_batch
 from dynmoe_ds.training.left_out import left_out_metrics, tell_left_out
 
 
@@ -37,6 +41,18 @@ def break_an_image(digits: Path, folder: Path) -> Path:
     return folder
 
 
+def configuration(digits: str, folder: str, num_ranks: int, *overrides: str) -> RunConfig:
+    """Ten steps of a sample per rank: on two ranks two passes over what `break_an_image` left."""
+    files = [
+        f"data.{key}={folder}/{name}" for key, name in (("path", "train.json"), ("held_out_path", "held_out.json"))
+    ]
+    return tiny_run(
+        Path(digits), Path(folder) / "run", "projector", *files, f"data.image_folder={folder}", "data.group=false",
+        f"parallel.num_ranks={num_ranks}", "training.micro_batch_size=1", "training.steps=10",
+        "training.eval_every_steps=10", *overrides,
+    )  # fmt: skip
+
+
 def train_on_broken(rank: int, world_size: int, digits: str, folder: str) -> tuple[list[str], list[int]]:
     """Two passes over them: what is said as warnings and errors, and which sample this rank's turn was at each step."""
     told: list[str] = []
@@ -44,15 +60,7 @@ def train_on_broken(rank: int, world_size: int, digits: str, folder: str) -> tup
     handler.emit = lambda record: told.append(record.getMessage())
     handler.setLevel(logging.WARNING)
     logging.getLogger("dynmoe_ds").addHandler(handler)
-    files = [
-        f"data.{key}={folder}/{name}" for key, name in (("path", "train.json"), ("held_out_path", "held_out.json"))
-    ]
-    config = tiny_run(
-        Path(digits), Path(folder) / "run", "projector", *files, f"data.image_folder={folder}", "data.on_broken=skip",
-        f"parallel.num_ranks={world_size}", "training.micro_batch_size=1", "training.steps=10",
-        "training.log_every_steps=5", "training.eval_every_steps=10", "data.group=false",
-    )  # fmt: skip
-    trainer = Trainer(config)
+    trainer = Trainer(configuration(digits, folder, world_size, "data.on_broken=skip", "training.log_every_steps=5"))
     order = trainer.training_order
     indices = [order.indices(step, 0)[0] for step in range(10)]
     trainer.run()
@@ -71,3 +79,40 @@ def test_images_that_cannot_be_decoded_are_counted_over_ranks(tmp_path: Path) ->
     (said,) = [message for message in first if "a training sample was left out" in message]
     assert said.startswith("4 times a training sample was left out.\n  - 4 x an image cannot be decoded: sample-")
     assert not any("a training sample was left out" in message for message in second)
+
+
+def stop_at_broken(rank: int, world_size: int, digits: str, folder: str) -> tuple[list[tuple[str, int]], list[int]]:
+    """How training without and with a worker ends and after how many steps, then evaluation; and the turns as above."""
+    multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
+    found = []
+
+    def note(error: DynMoEError | None) -> None:
+        found.append((f"{type(error).__name__}: {error}", trainer.engine.global_steps))
+
+    for num_workers in (0, 1):
+        own = [f"run_dir={folder}/{num_workers}", "data.on_broken=stop", f"data.num_workers={num_workers}"]
+        trainer = Trainer(configuration(digits, folder, world_size, *own))
+        with pytest.raises(DynMoEError) as raised:
+            trainer.run()
+        note(raised.value)
+    with pytest.raises(DynMoEError) as raised:
+        held_out_batch(trainer.task.train, [rank + 1])
+    note(raised.value)
+    return found, [trainer.training_order.indices(step, 0)[0] for step in range(10)]
+
+
+@pytest.mark.timeout(200)
+def test_a_broken_image_stops_every_rank_where_one_rank_reads_it(tmp_path: Path) -> None:
+    digits = write_digits(tmp_path / "digits")
+    found = run_ranks(stop_at_broken, 2, f"{digits}", f"{break_an_image(digits, tmp_path)}", timeout_s=150)
+    turns = list(zip(*(indices for _, indices in found), strict=True))
+    last = next(step for step, indices in enumerate(turns) if min(indices) < 2)
+    (reader,) = (rank for rank, index in enumerate(turns[last]) if index < 2)
+    assert last > 0, "nothing was trained before"
+    training = (reader, turns[last][reader])
+    for ending, (of_rank, index) in enumerate((training, training, (0, 1))):
+        said = f"DataError: {tmp_path}/{index}.png cannot be read as an image"
+        quoted = f"DivergenceError: Another rank failed, so this one stops too. rank {of_rank}: {said}"
+        for rank, (endings, _) in enumerate(found):
+            message, num_steps = endings[ending]
+            assert message.startswith(said if rank == of_rank else quoted) and num_steps == last

@@ -14,6 +14,7 @@ from tests.helpers.spawn import run_ranks
 
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.data import TokenSequences
+from dynmoe_ds.data.llava import token_kinds_of
 from dynmoe_ds.models import FlopCount, ParameterCount
 from dynmoe_ds.moe import MoELayer, Placement
 from dynmoe_ds.routing import BudgetConfig, RoutingRecords, TopAnyConfig
@@ -149,8 +150,12 @@ PLACEMENTS = {name: Placement(expert_ids=(0, 1, None), next_id=2, ep_size=1) for
 
 def _loads(kinds_of_b: list[float]) -> ExpertLoads:
     """Mean k 1.5 in layer `a` and 0.5 in `b`; kinds: 4 and 4 tokens in `a` with 4 and 8 experts."""
+    return _loads_of({"a": ([4.0, 4.0], [4.0, 8.0]), "b": (kinds_of_b, [4.0, 0.0])})
+
+
+def _loads_of(statistics: dict[str, tuple[list[float], list[float]]]) -> ExpertLoads:
+    """Eight tokens in each layer, and by layer the tokens and the chosen experts of every kind."""
     loads = ExpertLoads()
-    statistics = {"a": ([4.0, 4.0], [4.0, 8.0]), "b": (kinds_of_b, [4.0, 0.0])}
     for layer, (tokens, assignments) in statistics.items():
         zero = RoutingRecords.zeros(3, 2, {}, torch.device("cpu"))
         record = replace(
@@ -181,6 +186,22 @@ def test_kinds_are_averaged_over_the_layers_that_saw_them():
         "eval/mean_k_per_kind/odd": 2.0,
     }
     assert kind_metrics("moe", ExpertLoads(), KINDS) == [] == kind_metrics("moe", _loads([8.0, 0.0]), ())
+
+
+def test_modalities_and_questions_are_taken_together_token_by_token():
+    """Image tokens of `sum`: 10 with 30 experts in layer `a`; none of `text`, which is asked without images."""
+    kinds = token_kinds_of(["sum", "text"])
+    assert kinds == ("text", "image", "text sum", "image sum", "text text", "image text")
+    tokens = [10.0, 30.0, 20.0, 10.0, 10.0, 0.0]
+    chosen = {"a": [10.0, 60.0, 60.0, 30.0, 10.0, 0.0], "b": [20.0, 30.0, 50.0, 10.0, 50.0, 0.0]}
+    found = _values(kind_metrics("moe", _loads_of({layer: (tokens, of) for layer, of in chosen.items()}), kinds))
+    assert found["moe/mean_k_per_kind/image sum"] == (30 / 10 + 10 / 10) / 2
+    assert {name: value for name, value in found.items() if "per_kind" not in name} == {
+        "moe/mean_k_per_modality/text": (80 / 40 + 120 / 40) / 2,
+        "moe/mean_k_per_modality/image": (90 / 40 + 40 / 40) / 2,
+        "moe/mean_k_per_question/sum": (90 / 30 + 60 / 30) / 2,
+        "moe/mean_k_per_question/text": (10 / 10 + 50 / 10) / 2,
+    }
 
 
 def test_cost_follows_the_measured_mean_k_and_the_live_experts():

@@ -18,13 +18,11 @@ from tests.helpers.spawn import RankFailed, run_ranks
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import DynMoEError
-from dynmoe_ds.telemetry import OF_THE_MACHINE
+from dynmoe_ds.telemetry import is_of_the_machine
 from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training import run_checkpoints
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
-
-CLOCKS = OF_THE_MACHINE | {"time_s"}
 
 
 def config(folder: Path | str, asynchronous: bool = False, **values: Any) -> RunConfig:
@@ -61,7 +59,7 @@ def die_at(rank: int, world_size: int, run: RunConfig, step: int) -> None:
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in found]
+    return [{key: value for key, value in line.items() if not is_of_the_machine(key)} for line in found]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,13 @@ OVERRIDES = [
 ]  # fmt: skip
 FORMS = {
     "grouped, 2 ranks": ["parallel.num_ranks=2", "parallel.ep_size=2", "training.micro_batch_size=2"],
-    "packed": ["data.packing=true", "data.sequence_length=64"],
+    "packed, 4 ranks": [
+        "parallel.num_ranks=4",
+        "parallel.ep_size=2",
+        "training.micro_batch_size=1",
+        "data.packing=true",
+        "data.sequence_length=64",
+    ],
 }
 
 
@@ -35,16 +41,19 @@ def configuration(digits: str, folder: str, form: str, num_workers: int) -> RunC
 
 
 def train_twice(rank: int, world_size: int, digits: str, folder: str, form: str) -> tuple[int, float]:
-    """Without a stop and without workers; then with both. The step it went on from, and the epochs before it."""
+    """Without a stop and without workers; then with a stop, on two ranks with workers as well.
+
+    The step it went on from, and the epochs before it.
+    """
     multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
     run_log.write_report = lambda folder: None  # for which rank 1 would wait
     Trainer(configuration(digits, f"{folder}/undisturbed", form, 0)).run()
-    stopped, num_steps = configuration(digits, f"{folder}/stopped", form, 1), itertools.count(1)
+    stopped, num_steps = configuration(digits, f"{folder}/stopped", form, int(world_size == 2)), itertools.count(1)
     with pytest.raises(Preempted):
         Trainer(stopped, should_stop=lambda: next(num_steps) == STOPPED_AFTER).run()
     trainer = Trainer(stopped)
     order = trainer.training_order
-    assert order.grouping is not None and (trainer.task.train.rows is not None) == (form == "packed")
+    assert order.grouping is not None and (trainer.task.train.rows is not None) == form.startswith("packed")
     trainer.run()
     return trainer.first_step, trainer.first_step * order.global_batch_size / order.num_sequences
 
@@ -52,7 +61,7 @@ def train_twice(rank: int, world_size: int, digits: str, folder: str, form: str)
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_run_stopped_in_mid_epoch_ends_as_an_undisturbed_one(form: str, tmp_path: Path) -> None:
     digits = write_digits(tmp_path / "digits")
-    num_ranks = 2 if "2 ranks" in form else 1
+    num_ranks = 4 if "4 ranks" in form else 2
     found = run_ranks(train_twice, num_ranks, f"{digits}", f"{tmp_path}", form, timeout_s=300)
     assert [step for step, _ in found] == [STOPPED_AFTER] * num_ranks
     assert all(0 < epochs < 1 for _, epochs in found), found

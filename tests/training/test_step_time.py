@@ -11,7 +11,7 @@ from tests.helpers.run_config import small_run
 from tests.helpers.spawn import run_ranks
 
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.telemetry import read_metrics
+from dynmoe_ds.telemetry import read_experts, read_metrics
 from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.step_time import peak_memory_gib, step_time_metrics
 
@@ -91,6 +91,11 @@ def test_the_other_rank_waits_for_a_slow_one(tmp_path: Path):
         assert line["train/communication_time_s"] > 0 and line["train/data_time_s"] > 0
         assert line["moe/rank_imbalance"] == line["moe/rank_imbalance/model.layers.1.mlp"] >= 1
         assert line["train/peak_memory_gib"] > 0
+    for line, experts in zip(lines, read_experts(config.run_dir), strict=True):
+        (of_layer,) = experts["layers"].values()
+        first, second = of_layer["rows_per_rank"]
+        assert first + second == sum(of_layer["load"].values())
+        assert line["moe/rank_imbalance"] == pytest.approx(max(first, second) / ((first + second) / 2))
 
 
 def test_memory_of_a_process_on_a_cpu_is_what_the_kernel_says():

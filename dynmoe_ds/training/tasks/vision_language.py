@@ -43,7 +43,7 @@ from dynmoe_ds.models import (
 )
 from dynmoe_ds.moe import labelled
 from dynmoe_ds.training.engine import TrainingEngine
-from dynmoe_ds.training.evaluation import eval_mode, held_out_order, token_losses
+from dynmoe_ds.training.evaluation import eval_mode, held_out_batch, held_out_order, token_losses
 
 TOKENIZER_FOLDER = "tokenizer"
 INPUT_FILE = "vision_language.json"
@@ -230,12 +230,12 @@ def answer_losses(engine: TrainingEngine, examples: ConversationExamples, order:
 
     The columns are its index, the summed cross entropy of its learned tokens in nats, their number, and 1 if each of
     them is the model's first choice.
-    Collective: every rank, each with its own `order`; all run the same number of forwards.
+    Collective: every rank, each with its own `order`; all run the same number of forwards. Raises: as `held_out_batch`.
     """
     rows = []
     with eval_mode(engine):
         for indices, weights in order:
-            batch = examples.batch(indices, engine.device)
+            batch = held_out_batch(examples, indices, engine.device)
             labels = batch.pop("labels")
             is_counted = torch.tensor(weights, device=engine.device) > 0
             with labelled(is_counted=is_counted):

@@ -1,0 +1,36 @@
+"""What a module draws, before it becomes an image."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dynmoe_ds.telemetry.drawing import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def catch_axes(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> dict[str, Axes]:
+    """The axes of every picture that `module` draws from now on, by the picture's name."""
+    caught: dict[str, Axes] = {}
+
+    def finished(name: str, title: str, caption: str, figure: Figure, axes: Axes) -> Picture:
+        caught[name] = axes
+        return Picture(name=name, title=title, caption=caption, png=b"")
+
+    monkeypatch.setattr(module, "finished", finished)
+    return caught
+
+
+def rows_of(axes: Axes, number: int = 0) -> list[list[float]]:
+    """The numbers of a heat map of these axes, row by row; a masked one is NaN."""
+    return axes.collections[number].get_array().filled(float("nan")).tolist()  # type: ignore[union-attr, no-any-return]
+
+
+def lines_of(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """The points of every line of these axes, by its label."""
+    return {f"{line.get_label()}": list(map(tuple, line.get_xydata())) for line in axes.lines}  # type: ignore[arg-type]

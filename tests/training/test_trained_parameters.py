@@ -1,0 +1,55 @@
+"""What trains is what the optimiser holds and the stage names; anything else stops the run before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.helpers.spawn import run_ranks
+from tests.helpers.vision_language import tiny_run, write_digits
+from torch import nn
+
+from dynmoe_ds.training import Trainer, trainer
+from dynmoe_ds.training.tasks import VisionLanguage
+from dynmoe_ds.training.trained_parameters import check_trained
+
+DENSE, ROUTER = "model.language_model.layers.1.mlp.up_proj.weight", "model.language_model.layers.0.mlp.router.weight"
+
+
+class _Wrong(VisionLanguage):
+    """A dense FFN trains though the stage trains experts alone, and a router does not."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.get_parameter(DENSE).requires_grad_(True)
+        model.get_parameter(ROUTER).requires_grad_(False)
+        return model
+
+
+def start(rank: int, world_size: int, digits: str, folder: str) -> str:
+    trainer.build_task = _Wrong
+    with pytest.raises(AssertionError) as caught:
+        Trainer(tiny_run(Path(digits), Path(folder) / "run", "experts"))
+    return str(caught.value)
+
+
+def test_a_run_that_would_train_something_else_than_its_stage_does_not_start(tmp_path: Path) -> None:
+    digits = write_digits(tmp_path / "digits")
+    (said,) = run_ranks(start, 1, f"{digits}", f"{tmp_path}")
+    assert said.startswith(f"the stage trains experts; of these frozen: {ROUTER}; trained but not of these: {DENSE}"), (
+        said
+    )
+
+
+def test_what_the_optimiser_holds_is_what_wants_gradients() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abcdefg"})
+    names = [f"{name}.weight" for name in model]
+    check_trained(model, [names[:3], names[3:]], None)
+    with pytest.raises(AssertionError, match=r"with a gradient but not in the optimiser: g\.weight; .* one: nothing"):
+        check_trained(model, [names[:-1]], None)
+    model.requires_grad_(False)
+    wanted = r"optimiser: nothing; in the optimiser but without one: a\.weight, b.*, e\.weight and 2 more"
+    with pytest.raises(AssertionError, match=wanted):
+        check_trained(model, [names], None)
+    with pytest.raises(AssertionError, match=r"twice in the optimiser: a\.weight$"):
+        check_trained(model, [names, names[:1]], None)
