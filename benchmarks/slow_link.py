@@ -120,7 +120,9 @@ def run(megabits: int, ranks_per_host: int, sizes: Sizes, timeout_s: float) -> d
     """
     world = 2 * ranks_per_host
     with SlowLink(megabits) as link, tempfile.TemporaryDirectory() as folder:
-        result, ranks = Path(folder) / "result.json", []
+        result = Path(folder) / "result.json"
+        ranks: list[subprocess.Popen[bytes]] = []
+        logs: list[Path] = []
         try:
             for rank in range(world):
                 given = {
@@ -131,19 +133,10 @@ def run(megabits: int, ranks_per_host: int, sizes: Sizes, timeout_s: float) -> d
                 what = f"on_rank({asdict(sizes)}, {timeout_s}, {str(result)!r})"
                 python = [sys.executable, "-c", f"from benchmarks.slow_link import on_rank; {what}"]
                 words = ["ip", "netns", "exec", link.spaces[rank // ranks_per_host], *python]
-                log = (Path(folder) / f"{rank}.txt").open("w")
-                ranks.append(subprocess.Popen(words, env={**_environment(), **given}, stdout=log, stderr=log))
-            deadline = time.monotonic() + timeout_s
-            while any(rank.poll() is None for rank in ranks):
-                late = time.monotonic() > deadline
-                if late or any(rank.poll() for rank in ranks):
-                    what = f"did not finish within {timeout_s} s" if late else "failed"
-                    if not late:
-                        time.sleep(LAST_WORDS_S)  # the rank that is seen first may have failed of another's end
-                    ended = [i for i, rank in enumerate(ranks) if late or rank.poll()]
-                    said = (f"Rank {i} of {world} {what}:\n{(Path(folder) / f'{i}.txt').read_text()}" for i in ended)
-                    raise side_by_side.RankFailed("\n".join(said))
-                time.sleep(0.1)
+                logs.append(Path(folder) / f"{rank}.txt")
+                with logs[-1].open("w") as log:
+                    ranks.append(subprocess.Popen(words, env={**_environment(), **given}, stdout=log, stderr=log))
+            await_ranks(ranks, logs, timeout_s)
         finally:
             for process in ranks:
                 process.kill()
@@ -152,8 +145,32 @@ def run(megabits: int, ranks_per_host: int, sizes: Sizes, timeout_s: float) -> d
         return found
 
 
+def await_ranks(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout_s: float) -> None:
+    """Until all have ended well. logs: what each rank prints.
+
+    Raises: RankFailed with the words of the ranks that fail, or of all after `timeout_s`; ranks may still be running.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        # Looked at before "have all ended?": all may fail between two looks.
+        if any(codes):
+            time.sleep(LAST_WORDS_S)  # the rank that is seen first may have failed of another's end
+            failed, what = [i for i, rank in enumerate(ranks) if rank.poll()], "failed"
+        elif None in codes and time.monotonic() > deadline:
+            failed, what = list(range(len(ranks))), f"did not finish within {timeout_s} s"
+        elif None in codes:
+            time.sleep(0.1)
+            continue
+        else:
+            return
+        raise side_by_side.RankFailed(
+            "\n".join(f"Rank {i} of {len(ranks)} {what}:\n{logs[i].read_text()}" for i in failed)
+        )
+
+
 def on_rank(sizes: Mapping[str, int], timeout_s: float, result: str) -> None:
-    """One rank of `run`. Raises: AssertionError if candidates that should be equal are not."""
+    """One rank of `run`, which ends the process. Raises: AssertionError if candidates that should be equal are not."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     times = side_by_side.take_turns(_candidates(Sizes(**sizes)), sizes["rounds"])
@@ -161,6 +178,7 @@ def on_rank(sizes: Mapping[str, int], timeout_s: float, result: str) -> None:
         seconds = side_by_side.plain(times)
         Path(result).write_text(json.dumps({name: of["forward + backward"] for name, of in seconds.items()}))
     dist.barrier()
+    os._exit(0)  # gloo's destructors may end a rank that has finished with an error: a thread of theirs still runs
 
 
 def _candidates(sizes: Sizes) -> dict[str, Callable[[], dict[str, float]]]:

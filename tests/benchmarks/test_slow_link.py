@@ -11,10 +11,9 @@ import pytest
 
 from benchmarks import slow_link
 from benchmarks.side_by_side import RankFailed
-from benchmarks.slow_link import GROUPS, Sizes, SlowLink, draw, lines, run, why_not
+from benchmarks.slow_link import GROUPS, Sizes, SlowLink, await_ranks, draw, lines, run, why_not
 
 ROOT = Path(__file__).parents[2]
-TINY = Sizes(tokens=64, hidden=32, ffn=16, num_experts=8, rounds=2)
 SEND = """
 import socket
 cable = socket.create_connection(("10.89.0.2", 5000))
@@ -71,6 +70,30 @@ def test_every_way_runs_and_is_reported(hosts: None, tmp_path: Path) -> None:
 def test_a_rank_that_fails_ends_the_others(hosts: None) -> None:
     with pytest.raises(RankFailed, match=r"(?s)Rank \d of 2 failed.*num_slots is 7 but must be a multiple"):
         run(1000, 1, Sizes(tokens=8, hidden=8, ffn=8, num_experts=7), timeout_s=60)
+
+
+def _python(what: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        return subprocess.Popen([sys.executable, "-c", what], stdout=file, stderr=file)
+
+
+def test_ranks_that_have_all_failed_before_the_first_look_are_reported(tmp_path: Path) -> None:
+    logs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    ranks = [_python(f"raise SystemExit('words of {i}')", log) for i, log in enumerate(logs)]
+    for rank in ranks:
+        rank.wait(timeout=30)
+    with pytest.raises(RankFailed, match=r"(?s)Rank 0 of 2 failed:\nwords of 0.*Rank 1 of 2 failed:\nwords of 1"):
+        await_ranks(ranks, logs, timeout_s=30)
+
+
+def test_ranks_that_are_late_are_reported_with_what_they_said(tmp_path: Path) -> None:
+    log = tmp_path / "0.txt"
+    with _python("import time; print('begun', flush=True); time.sleep(60)", log) as rank:
+        try:
+            with pytest.raises(RankFailed, match=r"Rank 0 of 1 did not finish within 5 s:\nbegun"):
+                await_ranks([rank], [log], timeout_s=5)
+        finally:
+            rank.kill()
 
 
 def test_the_tables_give_ratios_to_the_first_of_each_kind(tmp_path: Path) -> None:
