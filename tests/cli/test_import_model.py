@@ -18,6 +18,7 @@ import dynmoe_ds as dm
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.data import END_OF_TEXT, train_tokenizer
 from dynmoe_ds.harness.model_folder import load_model_folder
+from dynmoe_ds.moe import StepLedger
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -87,12 +88,16 @@ def test_evaluate_takes_conversations(folders: Path, tmp_path: Path, capsys: pyt
     assert found["eval/exact_match"] == found["eval/exact_match/this"] == 0
     model, tokenizer, ids, pixels = question(folders)
     right = tokenizer(f" other words{END_OF_TEXT}", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
+    with torch.no_grad(), StepLedger(evaluation=True) as ledger:
         logits = model(input_ids=torch.cat([ids, right], 1), pixel_values=pixels).logits[0, ids.shape[1] - 1 : -1]
     want = -logits.log_softmax(1).gather(1, right.T).mean()
     assert found["eval/loss"] == pytest.approx(float(want), rel=1e-4)
-    assert 1 <= found["eval/mean_k"] <= 3 and found["eval/mean_k_per_kind/image this"] >= 1
-    assert 0 < found["eval/active_parameters"] <= sum(param.numel() for param in model.parameters())
+    layers = [record.mean_k for record in ledger.records().values()]
+    assert found["eval/mean_k"] == pytest.approx(sum(layers) / len(layers)) and len(set(layers)) > 1
+    of_kinds = {kind: found[f"eval/mean_k_per_kind/{kind}"] for kind in ("image this", "text this")}
+    assert min(of_kinds.values()) < found["eval/mean_k"] < max(of_kinds.values())
+    assert found["eval/mean_k_per_kind/image that"] == of_kinds["image this"], "the same question"
+    assert 0 < found["eval/active_parameters"] < sum(param.numel() for param in model.parameters())
     assert main(["evaluate", f"{folders}/text", "--held-out", f"{file}"]) == 2
     assert "text holds a model of text. Conversations need a vision-language model." in capsys.readouterr().err
 
