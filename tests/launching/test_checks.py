@@ -74,7 +74,7 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for python in ("/opt/venv/bin/python", "venv/bin/python"):
+    for python in (f"{tmp_path}/venv/bin/python", "venv/bin/python"):
         message = (
             f"launch.python is '{python}', which does not exist here ({tmp_path}). Correct the path, or give a name "
             "without '/' for what is on the PATH there."

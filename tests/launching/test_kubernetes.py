@@ -84,7 +84,6 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
         for path, value in (
             (("apiVersion",), "kubeflow.org/v1"), (("spec", "launcherCreationPolicy"), "WhenReady"),
             (("spec", "waitForWorkers"), True), (("spec", "mpiImplementation"), "MVAPICH"),
-            (("spec", "runPolicy", "managedBy"), "me"), (("spec", "managedBy"), "kueue.x-k8s.io/multikueue"),
             ((*worker, "replicas"), 0), ((*worker, "template", "spec", "containers", 0, "command"), "sshd"),
             (("spec", "mpiReplicaSpecs", "Master"), mpi_job["spec"]["mpiReplicaSpecs"]["Launcher"]),
         )
@@ -93,13 +92,6 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
     for manifest in wrong:
         with pytest.raises(jsonschema.ValidationError):
             validate(manifest)
-
-
-def test_the_schema_of_an_mpi_job_takes_what_the_operator_has() -> None:
-    _, job = manifests("kubernetes_mpi")
-    validate(changed(job, ("spec", "runLauncherAsWorker"), True))
-    validate(changed(job, ("spec", "mpiImplementation"), "MPICH"))
-    validate(changed(job, ("spec", "runPolicy", "managedBy"), "kueue.x-k8s.io/multikueue"))
 
 
 def pod_of(replicas: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

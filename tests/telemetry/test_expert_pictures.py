@@ -37,3 +37,4 @@ def test_the_load_of_experts_that_are_born_and_die(tmp_path: Path, monkeypatch: 
     assert corners[:, 0, 1].tolist() == [-0.5, 0.5, 1.5, 2.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "7"]
     assert axes.get_ylim() == (2.5, -0.5), "the first expert on top"
+    assert axes.collections[0].get_clim() == (0, 150)

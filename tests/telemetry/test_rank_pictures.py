@@ -54,8 +54,19 @@ def test_which_rank_has_more_than_its_share(tmp_path: Path, monkeypatch: pytest.
     assert [corner[0, :, 0].tolist() for corner in corners] == [[0, 10, 20]] * 3
     assert [corner[:, 0, 1].tolist() for corner in corners] == [[-0.5, 0.5, 1.5], [1.5, 2.5, 3.5], [3.5, 4.5, 5.5]]
     assert axes.get_ylim() == (5.5, -0.5)
-    assert axes.collections[0].get_clim() == (0, 2), "an equal share is in the middle of the colours"
     assert "nothing was recorded" not in captions["rank_loads"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "limits"), [((6, 2, 1), (0, 2)), ((8, 5, 5), (2 / 3, 4 / 3)), ((9, 9, 9), (0.9, 1.1))]
+)
+def test_an_equal_share_is_in_the_middle_of_the_colours(
+    rows: tuple[int, ...], limits: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = read_history(run(tmp_path, {10: (rows,)}))
+    caught = catch_axes(monkeypatch, rank_pictures)
+    assert {picture.name for picture in draw_pictures(history)} >= {"rank_loads"}
+    assert caught["rank_loads"].collections[0].get_clim() == pytest.approx(limits)
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")

@@ -1,10 +1,11 @@
-"""Training samples that cannot be used when it is their turn: counted on all ranks, and named at the end."""
+"""Samples that cannot be used when it is their turn: counted on all ranks and named at the end, or the end of all."""
 
 from __future__ import annotations
 
 import json
 import logging
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from tests.helpers.spawn import run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
 
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.data import BrokenSamples
+from dynmoe_ds.data import BrokenSamples, ConversationExamples, HeldOutOrder
 from dynmoe_ds.errors import DynMoEError
 from dynmoe_ds.telemetry import read_metrics
 from dynmoe_ds.training import Trainer
-from dynmoe_ds.training.evaluation import held_out_batch
 from dynmoe_ds.training.left_out import left_out_metrics, tell_left_out
+from dynmoe_ds.training.predictions import predict
+from dynmoe_ds.training.tasks.vision_language import answer_losses
 
 
 def test_nothing_is_said_where_nothing_can_be_left_out_or_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -82,11 +84,11 @@ def test_images_that_cannot_be_decoded_are_counted_over_ranks(tmp_path: Path) ->
 
 
 def stop_at_broken(rank: int, world_size: int, digits: str, folder: str) -> tuple[list[tuple[str, int]], list[int]]:
-    """How training without and with a worker ends and after how many steps, then evaluation; and the turns as above."""
+    """How training without and with a worker ends and after how many steps, then evaluations; the turns as above."""
     multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
     found = []
 
-    def note(error: DynMoEError | None) -> None:
+    def note(error: DynMoEError) -> None:
         found.append((f"{type(error).__name__}: {error}", trainer.engine.global_steps))
 
     for num_workers in (0, 1):
@@ -95,9 +97,13 @@ def stop_at_broken(rank: int, world_size: int, digits: str, folder: str) -> tupl
         with pytest.raises(DynMoEError) as raised:
             trainer.run()
         note(raised.value)
-    with pytest.raises(DynMoEError) as raised:
-        held_out_batch(trainer.task.train, [rank + 1])
-    note(raised.value)
+    assert isinstance(trainer.task.train, ConversationExamples)
+    examples = replace(trainer.task.train, samples=trainer.task.train.samples[1:3])  # the first is broken
+    order = HeldOutOrder(num_sequences=2, micro_batch_size=1, rank=rank, world_size=world_size)
+    for evaluate in (answer_losses, predict):
+        with pytest.raises(DynMoEError) as raised:
+            evaluate(trainer.engine, examples, order)
+        note(raised.value)
     return found, [trainer.training_order.indices(step, 0)[0] for step in range(10)]
 
 
@@ -110,7 +116,7 @@ def test_a_broken_image_stops_every_rank_where_one_rank_reads_it(tmp_path: Path)
     (reader,) = (rank for rank, index in enumerate(turns[last]) if index < 2)
     assert last > 0, "nothing was trained before"
     training = (reader, turns[last][reader])
-    for ending, (of_rank, index) in enumerate((training, training, (0, 1))):
+    for ending, (of_rank, index) in enumerate((training, training, (0, 1), (0, 1))):
         said = f"DataError: {tmp_path}/{index}.png cannot be read as an image"
         quoted = f"DivergenceError: Another rank failed, so this one stops too. rank {of_rank}: {said}"
         for rank, (endings, _) in enumerate(found):

@@ -154,13 +154,13 @@ def _loads(kinds_of_b: list[float]) -> ExpertLoads:
 
 
 def _loads_of(statistics: dict[str, tuple[list[float], list[float]]]) -> ExpertLoads:
-    """Eight tokens in each layer, and by layer the tokens and the chosen experts of every kind."""
+    """statistics: by layer the tokens and the chosen experts of every kind."""
     loads = ExpertLoads()
     for layer, (tokens, assignments) in statistics.items():
         zero = RoutingRecords.zeros(3, 2, {}, torch.device("cpu"))
         record = replace(
             zero,
-            num_tokens=torch.tensor(8),
+            num_tokens=torch.tensor(int(sum(tokens))),
             num_assignments=torch.tensor(int(sum(assignments))),
             statistics={
                 "tokens_per_kind": torch.tensor(tokens),
