@@ -1,7 +1,12 @@
 """For all tests."""
 
 import gc
+import os
 import signal
+
+# Tests compare runs bit for bit. On some CPUs MKL rounds by where in memory a matrix begins, unless it is told not to;
+# it reads this at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
 

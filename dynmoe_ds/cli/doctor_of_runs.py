@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import DataConfig, LlavaDataConfig
 from dynmoe_ds.config.validate import NO_STAGE, find_faults
 from dynmoe_ds.errors import ConfigError, DynMoEError
+from dynmoe_ds.telemetry.run_state import finished_steps
 
 # What transformers looks for, in this order; each may be in parts that an index beside it names.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -47,11 +48,11 @@ def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
     except ConfigError:  # which is found again
         folders = {}
     if stage is not None:
-        yield from _of_one_run([*given.by_stage[stage], *_run_dir(folders, stage)])
+        yield from _of_stage(given.by_stage[stage], folders.get(stage))
         return
     stages_of: dict[Finding, list[str]] = {}
     for name in given.by_stage:
-        for finding in _of_one_run([*given.by_stage[name], *_run_dir(folders, name)]):
+        for finding in _of_stage(given.by_stage[name], folders.get(name)):
             stages_of.setdefault(finding, []).append(name)
     for finding, found in stages_of.items():
         is_of_all = len(found) == len(given.by_stage)
@@ -67,8 +68,16 @@ def _lacks_stage(overrides: Sequence[str]) -> bool:
     return False
 
 
-def _run_dir(folders: Mapping[str, Path], stage: str) -> list[str]:
-    return [f"run_dir={folders[stage]}"] if stage in folders else []
+def _of_stage(overrides: Sequence[str], folder: Path | None) -> Iterator[Finding]:
+    """folder: the stage's; None where it is not known."""
+    if folder is None:
+        yield from _of_one_run(overrides)
+    elif finished_steps(folder) is not None:
+        yield Finding(
+            state="ok", subject="run_dir", text=f"{folder} has come to its end; `dynmoe stages` leaves it alone"
+        )
+    else:
+        yield from _of_one_run([*overrides, f"run_dir={folder}"])
 
 
 def _of_one_run(overrides: Sequence[str]) -> Iterator[Finding]:

@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from dynmoe_ds.training.saved_run import is_hugging_face
 
     if is_hugging_face(Path(arguments.run_dir)):
-        raise ConfigError(f"{arguments.run_dir} is in Hugging Face's format already. Copy the folder.")
+        raise ConfigError(
+            f"{arguments.run_dir} is in Hugging Face's format already. Copy the folder; or, if it is a published "
+            "checkpoint of DynMoE or MoE-LLaVA, run `dynmoe import` first, and name what it wrote."
+        )
     saved, folder = open_saved(arguments.run_dir), Path(arguments.folder)
     with TemporaryDirectory() as aside:
         if not _write_processor(saved, Path(aside)):

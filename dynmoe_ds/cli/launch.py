@@ -81,7 +81,7 @@ def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sw
     from dynmoe_ds.errors import ConfigError
     from dynmoe_ds.launching.checks import find_launch_faults, find_missing_programs, with_global_batch
     from dynmoe_ds.launching.config import KubernetesConfig
-    from dynmoe_ds.launching.load import load_what_can_be
+    from dynmoe_ds.launching.load import load_launch
     from dynmoe_ds.launching.runs import find_num_ranks, load_runs
 
     split = split_overrides(overrides, ("launch",))
@@ -91,7 +91,7 @@ def check_and_launch(overrides: Sequence[str], *, is_dry: bool = False, needs_sw
             name = str(value)
         else:
             values.append((key.removeprefix("launch."), value))
-    launch, own_faults = load_what_can_be(name, values)
+    launch, own_faults = load_launch(name, values)
     faults, runs = [*split.faults, *own_faults], None
     try:
         runs = load_runs(split.others, check_files=not isinstance(launch, KubernetesConfig))

@@ -61,7 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("`dynmoe stages` starts launchers itself. Under a launcher use `dynmoe train stage=NAME`.")
     given = overrides_by_stage(arguments.overrides)
     faults = [*given.faults]
-    folders = stage_folders(arguments.overrides, given.by_stage)
+    try:
+        folders = stage_folders(arguments.overrides, given.by_stage)
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.faults]) from None
     left = [folder for folder in folders.values() if not _is_finished(folder)]
     commands: dict[str, list[str]] = {}
     before: Path | None = None

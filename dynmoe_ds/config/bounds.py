@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 
 def at_least(section: str, values: object, least: int, *names: str) -> Iterator[str]:
+    """A fault for each of the named values of `section` that is below `least`."""
     for name in names:
         value = getattr(values, name)
         if value < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -99,15 +101,32 @@ def load_hugging_face(folder: str | Path) -> PreTrainedModel:
     Raises: CheckpointError for a folder that holds no such model.
     """
     register_auto_classes()
+    model_type = _model_type(Path(folder))
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder} holds a model of type {model_type}, which transformers does not know. `dynmoe import` reads "
+            "published checkpoints of DynMoE and MoE-LLaVA; of another model, name a folder of `dynmoe export`."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         kind: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries raise whatever the first wrong byte leads to
+        told = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"{folder} holds no model that can be loaded ({type(error).__name__}: {error})."
+            f"{folder} holds no model that can be loaded ({told}). Name a whole folder of `dynmoe export`, or write it "
+            "again."
         ) from error
+
+
+def _model_type(folder: Path) -> str | None:
+    """What `config.json` says; None where it says nothing that can be read."""
+    try:
+        found = json.loads((folder / HUGGING_FACE_FILE).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 @cache

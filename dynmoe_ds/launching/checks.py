@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dynmoe_ds.config.bounds import multiple
 from dynmoe_ds.config.schema import RunConfig
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.launching.config import (
@@ -120,13 +121,11 @@ def with_global_batch(runs: Runs, size: int | None) -> Runs:
     for config in runs.configs:
         training, ranks = config.training, config.parallel.num_ranks
         at_once = training.micro_batch_size * ranks
-        if size % at_once:
-            below, above = size // at_once * at_once, (size // at_once + 1) * at_once
-            nearest = f"{below} or {above}" if below else f"{above}"
-            faults.append(
-                f"launch.global_batch_size is {size} but must be a multiple of the {at_once} sequences of a micro step "
-                f"({ranks} ranks of training.micro_batch_size {training.micro_batch_size}). Use {nearest}."
-            )
+        of = (
+            f"the {at_once} sequences of a micro step ({ranks} ranks of training.micro_batch_size "
+            f"{training.micro_batch_size})"
+        )
+        faults += multiple("launch.global_batch_size", size, of, at_once)
         training = replace(training, gradient_accumulation_steps=max(size // at_once, 1))
         configs.append(replace(config, training=training))
     if faults:
@@ -137,11 +136,8 @@ def with_global_batch(runs: Runs, size: int | None) -> Runs:
 def _nodes(nodes: int, gpus_per_node: int, ranks: int) -> Iterator[str]:
     if nodes < 1:
         return  # reported by itself
-    if ranks % nodes:
-        yield (
-            f"parallel.num_ranks is {ranks} but must be a multiple of launch.nodes ({nodes}), so that every node has "
-            f"as many. Use {_multiples(ranks, nodes)}, or another number of nodes."
-        )
+    of = f"launch.nodes ({nodes}), so that every node has as many"
+    yield from multiple("parallel.num_ranks", ranks, of, nodes)
     per_node = -(-ranks // nodes)
     if 0 < gpus_per_node < per_node:
         yield (
@@ -150,11 +146,6 @@ def _nodes(nodes: int, gpus_per_node: int, ranks: int) -> Iterator[str]:
             f"launch.nodes={-(-ranks // gpus_per_node)}, or parallel.num_ranks={gpus_per_node * nodes} with a "
             "parallel.ep_size that divides it."
         )
-
-
-def _multiples(value: int, base: int) -> str:
-    below, above = value // base * base, (value // base + 1) * base
-    return f"{below} or {above}" if below else f"{above}"
 
 
 def _slots(launch: HostsConfig, ranks: int) -> Iterator[str]:
@@ -189,7 +180,7 @@ def _slurm(launch: SlurmConfig, runs: Runs) -> Iterator[str]:
         )
     if launch.container == "none":  # an image has its own
         yield from _missing_python(launch.python)
-    image = launch.image
+    image = None if launch.container == "none" else launch.image  # which is reported by itself
     if image is not None and (image.startswith(("/", "./", "../", "~")) or image.endswith(_IMAGE_SUFFIXES)):
         if not Path(image).exists():
             yield f"launch.image is {image!r}, which does not exist here ({Path.cwd()}). Correct the path."
@@ -212,6 +203,8 @@ def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
             f"The run folder's name {name!r} cannot be a job's in Kubernetes. Set launch.job_name to small letters, "
             "digits and '-'."
         )
+    if not launch.volume_path.startswith("/"):
+        return  # reported by itself
     volume = Path(launch.volume_path)
     for config in runs.configs:
         for key, value in _paths(config, ""):

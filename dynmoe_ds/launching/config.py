@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from dynmoe_ds.config.bounds import at_least
 from dynmoe_ds.launching.slurm_time import TIME_FORMATS, seconds_of
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
@@ -39,7 +40,7 @@ class LaunchConfig:
             if not _VARIABLE.fullmatch(text):
                 yield f"launch.environment holds {text!r}, which is not NAME=VALUE."
         if self.global_batch_size is not None:
-            yield from _at_least_one("global_batch_size", self.global_batch_size)
+            yield from at_least("launch", self, 1, "global_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,10 +127,10 @@ class SlurmConfig(LaunchConfig):
 
     def _faults(self) -> Iterator[str]:
         yield from LaunchConfig._faults(self)
-        yield from _at_least_one("nodes", self.nodes)
+        yield from at_least("launch", self, 1, "nodes")
         for key in ("cpus_per_rank", "max_parallel"):
-            if (value := getattr(self, key)) is not None:
-                yield from _at_least_one(key, value)
+            if getattr(self, key) is not None:
+                yield from at_least("launch", self, 1, key)
         if self.gpus_per_node < 0:
             yield f"launch.gpus_per_node is {self.gpus_per_node} but must be at least 0, for nodes without GPUs."
         yield from self._time_faults()
@@ -176,13 +177,11 @@ class KubernetesConfig(LaunchConfig):
 
     def _faults(self) -> Iterator[str]:
         yield from LaunchConfig._faults(self)
-        yield from _at_least_one("nodes", self.nodes)
-        for key in ("gpus_per_node", "grace_s", "restarts"):
-            if (value := getattr(self, key)) < 0:
-                yield f"launch.{key} is {value} but must be at least 0."
+        yield from at_least("launch", self, 1, "nodes")
+        yield from at_least("launch", self, 0, "gpus_per_node", "grace_s", "restarts")
         for key in ("cpus", "memory_gib"):
-            if (value := getattr(self, key)) is not None:
-                yield from _at_least_one(key, value)
+            if getattr(self, key) is not None:
+                yield from at_least("launch", self, 1, key)
         for key in ("job_name", "namespace", "claim"):
             text = getattr(self, key)
             if text is not None and not DNS_LABEL.fullmatch(text):
@@ -197,11 +196,6 @@ class KubernetesConfig(LaunchConfig):
 
 
 AnyLaunchConfig: TypeAlias = LocalConfig | DeepSpeedConfig | TorchrunConfig | SlurmConfig | KubernetesConfig
-
-
-def _at_least_one(key: str, value: int) -> Iterator[str]:
-    if value < 1:
-        yield f"launch.{key} is {value} but must be at least 1."
 
 
 def _image_faults(container: str, image: str | None, mounts: tuple[str, ...]) -> Iterator[str]:

@@ -27,20 +27,11 @@ _KINDS: dict[str, type[AnyLaunchConfig]] = {
 }
 
 
-def load_launch(name: str, values: Sequence[tuple[str, Any]]) -> AnyLaunchConfig:
+def load_launch(name: str, values: Sequence[tuple[str, Any]]) -> tuple[AnyLaunchConfig | None, list[str]]:
     """The launch configuration `name`, or that of a file `name`, with `values` by key, such as ("nodes", 4).
 
-    Raises: ConfigError with every fault: an unknown name, unknown keys, wrong and impossible values.
+    With it every fault: an unknown name, unknown keys, wrong and impossible values. None where it cannot be made.
     """
-    launch, faults = load_what_can_be(name, values)
-    if faults:
-        raise ConfigError(faults)
-    assert launch is not None, name
-    return launch
-
-
-def load_what_can_be(name: str, values: Sequence[tuple[str, Any]]) -> tuple[AnyLaunchConfig | None, list[str]]:
-    """As `load_launch`, but returns the faults with the configuration, None where it cannot be made."""
     try:
         plain = read_option(LAUNCH_GROUP, name, launch_names(), values)
     except ConfigError as error:

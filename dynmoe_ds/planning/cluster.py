@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from dynmoe_ds.config.bounds import at_least
+
 DType = Literal["float32", "bfloat16"]
 BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2}
 
@@ -105,9 +107,7 @@ class Cluster:
         return list(self._faults())
 
     def _faults(self) -> Iterator[str]:
-        for name in ("num_nodes", "ranks_per_node", "processors_per_node"):
-            if getattr(self, name) < 1:
-                yield f"cluster.{name} is {getattr(self, name)} but must be at least 1."
+        yield from at_least("cluster", self, 1, "num_nodes", "ranks_per_node", "processors_per_node")
         if not self.memory_per_rank_gib > 0:
             yield f"cluster.memory_per_rank_gib is {self.memory_per_rank_gib} but must be above 0."
         if not 0 <= self.overlap <= 1:

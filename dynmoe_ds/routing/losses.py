@@ -23,9 +23,13 @@ def divisors(vectors: Tensor) -> Tensor:
 def diversity(rows: Tensor, active: Tensor) -> Tensor:
     """`||Ŵ Ŵᵀ − I_K||_F` of the live rows `rows` [S, D], which must be of length 1 and zero for free slots.
 
+    Cosines that are 0 but for rounding, as those of rows that have just been made, count as 0, and have no gradient: a
+    norm's gradient is of length 1 however small the norm, and would point wherever rounding does.
     Source: arXiv 2405.14297 §3.3.
     """
-    return torch.linalg.vector_norm(rows @ rows.T - torch.diag(active.to(rows.dtype)))
+    deviations = rows @ rows.T - torch.diag(active.to(rows.dtype))
+    rounding = 16 * torch.finfo(rows.dtype).eps
+    return torch.linalg.vector_norm(torch.where(deviations.abs() > rounding, deviations, 0.0))
 
 
 def simplicity(weight: Tensor, active: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dynmoe_ds.telemetry.history import LayerHistory, LoadLine
 
@@ -15,7 +16,8 @@ MAX_COLUMNS = 200
 class LoadGrid:
     """rows [experts or ranks][columns], NaN where nothing is known; column i is of the steps (edges[i], edges[i + 1]].
 
-    note: the caption's sentence where records were merged.
+    note: the caption's sentences where records were merged; steps between two of them, of which nothing is known, then
+    have the column's colour.
     """
 
     edges: list[int]
@@ -115,4 +117,6 @@ def _over_steps(loads: Sequence[LoadLine], column_of: Callable[[LoadLine], list[
         columns.append(column)
     is_merged = len(merged) < len(loads)
     note = f" {len(loads)} recordings are merged into {len(merged)} columns." if is_merged else ""
+    if is_merged and any(after.from_step > line.to_step for line, after in pairwise(loads)):
+        note += " Steps between recordings of a column, of which nothing is known, have its colour."
     return LoadGrid(edges=edges, rows=[list(row) for row in zip(*columns, strict=True)], note=note)

@@ -28,7 +28,7 @@ LAYERS_ON_PROGRESS_LINE = 8
 WANDB_ID_FILE = "wandb/run_id"
 LIVE_EXPERTS_PREFIX = "moe/live_experts/"
 _MAX_LISTED = 4
-_STAGE_FOLDER = re.compile(r"\d+_.+")  # as `dynmoe stages` names them
+_STAGE_FOLDER = re.compile(r"\d_.+")  # as `dynmoe stages` names them
 
 
 class Tracker(Protocol):

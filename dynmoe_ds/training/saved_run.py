@@ -34,9 +34,9 @@ class SavedRun:
     """The configuration and the model of a run, on this machine's accelerator if it has one.
 
     path: a run folder, whose model is that of its end (`model`) or else of its latest checkpoint; or a checkpoint of a
-    run, or its folder of checkpoints, for the latest; or a folder of `dynmoe import` or `dynmoe export`, or another in
-    Hugging Face's format, which have a model and no configuration of a run. source: where the model is from. folder:
-    the run's. tokenizer_folder: where the tokenizer is, if there is one.
+    run, or its folder of checkpoints, for the latest; or a folder of `dynmoe import` or `dynmoe export`, which have a
+    model and no configuration of a run. source: where the model is from. folder: the run's. tokenizer_folder: where the
+    tokenizer is, if there is one.
     Raises: DataError if there is neither a model nor a checkpoint of a run; ConfigError for a run of a task whose model
     cannot be built again; CheckpointError for a model or a checkpoint that cannot be loaded.
     """
@@ -78,9 +78,11 @@ class SavedRun:
     def config(self) -> RunConfig:
         """The run's. Raises: DataError for an imported or exported model, which is of no run here."""
         if self._config is None:
+            sees = isinstance(self.model, LlavaForConditionalGeneration)
+            others = "conversations to evaluate on with --held-out, or " if sees else ""
             raise DataError(
-                f"{self.folder} holds a model without its run, and so without data. Give conversations to evaluate on "
-                "with --held-out, or benchmarks with --tasks; or name the run."
+                f"{self.folder} holds a model without its run, and so without data. Give {others}benchmarks with "
+                "--tasks; or name the run."
             )
         return self._config
 

@@ -38,7 +38,7 @@ from dynmoe_ds.training.run_log import RunLog, on_first_rank
 from dynmoe_ds.training.schedule import learning_rate
 from dynmoe_ds.training.step_time import peak_memory_gib, reset_peak_memory, step_time_metrics
 from dynmoe_ds.training.tasks import Task, build_task
-from dynmoe_ds.training.trained_parameters import check_trained
+from dynmoe_ds.training.trained_check import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,8 @@ class Trainer:
             logger.warning("Interrupted after %d of %d steps. What was written is in %s.", done, steps, self.run_dir)
             raise
         except DynMoEError:
-            # Every rank is there to end the save in the background: one that is gone shows in errors of torch's own.
+            # Every rank is there to end the save in the background, but for one whose own error is another: it is gone
+            # soon, and with it a checkpoint that was not whole yet.
             self.checkpoints.settle_at_the_end()
             raise
         finally:

@@ -93,7 +93,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_subject(overrides: list[str]) -> dict[str, tuple[str, str]]:
-    findings = list(run_findings([*overrides, "run_dir=never"]))
+    findings = list(run_findings(["run_dir=never", *overrides]))
     found = {finding.subject: (finding.state, finding.text) for finding in findings}
     assert len(found) == len(findings), "one line for each part"
     return found
@@ -213,7 +213,22 @@ def test_what_one_stage_lacks_is_told_under_its_name(parts: Path) -> None:
     found = by_subject([*given, "data.path=gone.json"])
     assert [key for key, (state, _) in found.items() if state != "ok"] == ["projector: data.path"]
     found = by_subject([*recipe_overrides(parts, "phi"), "stages=projector,experts"])
-    assert found.keys() == {"configuration"} and "cannot be read" in found["configuration"][1], "language is no stage"
+    assert found["configuration"] == (
+        "missing",
+        f"language:data.path={parts}/instructions.json is for a stage that is not trained. The stages are projector, "
+        "experts.",
+    )
+
+
+def test_a_stage_that_has_come_to_its_end_lacks_nothing(parts: Path, tmp_path: Path) -> None:
+    given = [text for text in recipe_overrides(parts, "phi") if not text.startswith("projector:")]
+    finished = tmp_path / "1_projector"
+    finished.mkdir()
+    (finished / "finished.json").write_text('{"steps": 1}')
+    found = by_subject([*given, f"run_dir={tmp_path}"])
+    assert found["projector: run_dir"] == ("ok", f"{finished} has come to its end; `dynmoe stages` leaves it alone")
+    assert {state for state, _ in found.values()} == {"ok"}, "nor are its data looked for"
+    assert by_subject([*given, f"run_dir={tmp_path}", "stage=projector"]).keys() == {"run_dir"}
 
 
 def test_a_recipe_without_a_stage_is_looked_at_in_all_of_them() -> None:

@@ -374,16 +374,18 @@ def test_what_an_exported_model_cannot_do(
         assert main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
 
-    for name in ("vl", "text"):
-        said = refused("evaluate", exports / name)
-        assert f"{exports / name} holds a model without its run, and so without data. Give conversations to " in said
-        assert "with --held-out, or benchmarks with --tasks; or name the run." in said
+    what_helps = {"vl": "conversations to evaluate on with --held-out, or benchmarks", "text": "benchmarks"}
+    for name, others in what_helps.items():
+        said = " ".join(refused("evaluate", exports / name).split())
+        assert (
+            f"{exports / name} holds a model without its run, and so without data. Give {others} with --tasks;" in said
+        )
     assert "holds a model without its run" in refused("evaluate", exports / "vl", "--answers", tmp_path / "a.png")
     held_out = ("--held-out", runs / "digits" / "learnt.json")
     assert "text holds a model of text. Conversations need" in refused("evaluate", exports / "text", *held_out)
     seen = refused("generate", exports / "text", "--prompt", "a", "--image", "b.png")
     assert "text holds a model of text, which sees no images." in seen
-    assert "text is in Hugging Face's format already. Copy the folder." in refused(
+    assert "text is in Hugging Face's format already. Copy the folder; or" in refused(
         "export", exports / "text", tmp_path / "out"
     )
     copied = shutil.copytree(exports / "vl", tmp_path / "vl")
@@ -395,7 +397,15 @@ def test_what_an_exported_model_cannot_do(
         file.unlink()
     assert "vl has no tokenizer: without it, text is nothing" in refused("generate", copied, "--prompt", "a")
     (copied / "model.safetensors").write_bytes(b"cut off")
-    assert "vl holds no model that can be loaded (" in refused("evaluate", copied)
+    said = refused("evaluate", copied)
+    assert "vl holds no model that can be loaded (" in said and "Name a whole folder of `dynmoe export`" in said
+    (copied / "config.json").write_text('{"model_type": "moe_llava_phi"}')
+    assert "vl holds a model of type moe_llava_phi, which transformers does not know. `dynmoe import` reads" in refused(
+        "generate", copied, "--prompt", "a"
+    )
+    assert "if it is a published checkpoint of DynMoE or MoE-LLaVA, run `dynmoe import` first" in refused(
+        "export", copied, tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("name", ["vl", "text"])

@@ -88,9 +88,25 @@ def test_the_faults_of_all_stages_come_before_the_first_run(
     assert "run_dir=other cannot be of one stage: `dynmoe stages` sets it." in capsys.readouterr().err
     assert stages(tmp_path / "run", "stages=demo_language,demo_experts,demo_language") == 2
     assert "stages names demo_language twice. Name every stage once." in capsys.readouterr().err
+    assert main(["stages", "experiment=demo_vl", "stages=projektor", *FILES, "stage=language"]) == 2
+    told = capsys.readouterr().err
+    assert "There is no option stage=projektor. Did you mean 'projector'?" in told
+    assert (
+        "stage=language: `dynmoe stages` trains projektor. Use stages=NAMES, or `dynmoe train stage=language`." in told
+    )
     assert started.overrides == []
-    assert main(["stages", "experiment=demo_vl", "stages=projektor", *FILES]) == 2
-    assert "There is no option stage=projektor. Did you mean 'projector'?" in capsys.readouterr().err
+
+
+def test_the_faults_of_all_stages_come_without_a_run_folder_too(
+    started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["demo_projector:optim.lr=-1", "demo_experts:optim.beta1=7", "adaptation.every_steps=50", "projector:a.b=1"]
+    assert main(["stages", "experiment=demo_vl", STAGES, *FILES, *own]) == 2
+    told = capsys.readouterr().err
+    assert "optim.lr is -1" in told and "optim.beta1 is 7" in told
+    assert "projector:a.b=1 is for a stage that is not trained. The stages are demo_projector, demo_language," in told
+    assert "adaptation.every_steps" not in told, "stages without experts do not hear of it, whatever else is wrong"
+    assert started.overrides == []
 
 
 def test_the_stages_of_the_papers_are_the_default(started: Started, tmp_path: Path) -> None:

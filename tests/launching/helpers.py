@@ -18,7 +18,9 @@ def runs_of(*overrides: str, run_dir: str = "/nowhere/runs/first", check_files: 
 
 
 def launch_of(name: str, **values: Any) -> Any:
-    return load_launch(name, list(values.items()))
+    launch, faults = load_launch(name, list(values.items()))
+    assert not faults, faults
+    return launch
 
 
 def hostfile(folder: Path, text: str = "a slots=1\nb slots=1\n") -> str:

@@ -35,6 +35,20 @@ def test_diversity():
     assert losses.diversity(torch.eye(3), torch.ones(3, dtype=torch.bool)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_has_no_diversity_and_no_gradient(dtype: torch.dtype):
+    """Rows that were just made: at right angles, and of length 1, but for rounding."""
+    rows = torch.linalg.qr(torch.randn(300, 20, dtype=dtype, generator=torch.Generator().manual_seed(0)))[0].T
+    rows, all_live = rows.contiguous().requires_grad_(), torch.ones(20, dtype=torch.bool)
+    assert (rows @ rows.T - torch.eye(20, dtype=dtype)).any(), "there is rounding"
+    value = losses.diversity(rows, all_live)
+    value.backward()
+    assert value.item() == 0 and not rows.grad.any()
+    apart = (rows.detach() + 1e-4 * rows.detach().roll(1, 0)).requires_grad_()
+    losses.diversity(apart, all_live).backward()
+    assert apart.grad.norm() > 0.1
+
+
 def test_simplicity():
     assert losses.simplicity(WEIGHT, ACTIVE).item() == pytest.approx((2 + 3) / 2)
 

@@ -75,4 +75,6 @@ def test_a_long_run_has_no_more_columns_than_can_be_seen() -> None:
     for grid in (expert_grid(loads, [0]), rank_grid(loads)):
         assert grid.edges == list(range(0, 2 * MAX_COLUMNS + 1, 2))
         assert grid.note == f" {2 * MAX_COLUMNS} recordings are merged into {MAX_COLUMNS} columns."
+    with_gaps = [line((2 * step, 2 * step + 1), {0: 1}, 2) for step in range(2 * MAX_COLUMNS)]
+    assert "of which nothing is known" in expert_grid(with_gaps, [0]).note
     assert set(expert_grid(loads, [0]).rows[0]) == {50.0} and set(rank_grid(loads).rows[1]) == {0.5}

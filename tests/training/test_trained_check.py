@@ -11,7 +11,7 @@ from torch import nn
 
 from dynmoe_ds.training import Trainer, trainer
 from dynmoe_ds.training.tasks import VisionLanguage
-from dynmoe_ds.training.trained_parameters import check_trained
+from dynmoe_ds.training.trained_check import check_trained
 
 DENSE, ROUTER = "model.language_model.layers.1.mlp.up_proj.weight", "model.language_model.layers.0.mlp.router.weight"
 
