@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.browser.chromium import Chromium, why_not
+from tests.helpers.asked_for import exit_where_asked_for
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:
-    if config.option.markexpr == "browser" and (reason := why_not()):
-        pytest.exit(reason, returncode=1)
+    exit_where_asked_for(config, "browser", why_not)
 
 
 @pytest.fixture(scope="session")

@@ -6,20 +6,19 @@ neither Slurm nor two hosts are to be had, that is a failure.
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dynmoe_ds.telemetry import is_of_the_machine
 from tests.cluster import two_hosts, virtual_slurm
+from tests.helpers.asked_for import exit_where_asked_for
+from tests.helpers.command import ROOT, dynmoe, environment
+from tests.helpers.run_lines import last_step, what_was_written
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["PATIENCE_S", "ROOT", "RUN", "dynmoe", "environment", "last_step", "what_was_written"]
+
 # Experts are born, change ranks and are pruned, and every step is logged.
 RUN = (
     "experiment=smoke", "parallel.process_group_timeout_s=120", "training.steps=60", "training.log_every_steps=1",
@@ -28,46 +27,17 @@ RUN = (
 # Limits of what takes a minute on a machine that is free: a busy one is no failure.
 PATIENCE_S = 900
 
-
 _OF_HOSTS = ("ssh", "sshd", "ssh-keygen")
 
 
+def why_not() -> str | None:
+    """What is missing where none of these tests can run; None where a part of them can."""
+    no_slurm, no_hosts = virtual_slurm.why_not(), two_hosts.why_not(*_OF_HOSTS)
+    return f"{no_slurm} {no_hosts}" if no_slurm and no_hosts else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config) -> None:
-    if config.option.markexpr == "cluster":
-        no_slurm = virtual_slurm.why_not()
-        if no_slurm and (no_hosts := two_hosts.why_not(*_OF_HOSTS)):
-            pytest.exit(f"{no_slurm} {no_hosts}", returncode=1)
-
-
-def environment() -> dict[str, str]:
-    """For a process that is no rank of anything."""
-    own = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_")) and k not in ("RANK", "WORLD_SIZE")
-    }
-    return own | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def dynmoe(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dynmoe_ds", *arguments]
-
-
-def what_was_written(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every line of a run's files, without what clocks said."""
-    lines = {
-        name: [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "experts", "adaptation")
-    }
-    return {
-        name: [{k: v for k, v in one.items() if not is_of_the_machine(k)} for one in of] for name, of in lines.items()
-    }
-
-
-def last_step(run_dir: Path) -> int:
-    """The last optimiser step that a run has logged."""
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    return int(whole[-1]["step"]) if whole else 0
+    exit_where_asked_for(config, "cluster", why_not)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.docker.podman import why_not
+from tests.helpers.asked_for import exit_where_asked_for
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:
-    if config.option.markexpr == "docker" and (reason := why_not()):
-        pytest.exit(reason, returncode=1)
+    exit_where_asked_for(config, "docker", why_not)

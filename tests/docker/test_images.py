@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.cluster.conftest import last_step, what_was_written
 from tests.docker.loaded import gpu_base
 from tests.docker.podman import ROOT, STAND_IN_BASE, Podman, why_not
+from tests.helpers.run_lines import last_step, what_was_written
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 

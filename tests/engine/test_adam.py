@@ -15,20 +15,15 @@ import dynmoe_ds as dm
 from dynmoe_ds.engine import adam as adam_module
 from dynmoe_ds.engine.adam import apex_adam, choose_adam, optimizer_faults
 from dynmoe_ds.errors import ConfigError
-from tests.helpers.fake_apex import MODULES, write_fake_apex
+from tests.helpers.fake_apex import importable_apex, write_fake_apex
 from tests.helpers.models import TinyModel, deepspeed_config, train
 from tests.helpers.spawn import run_ranks
 
 
 @pytest.fixture
-def fake_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    write_fake_apex(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield tmp_path
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def fake_apex(tmp_path: Path) -> Iterator[Path]:
+    with importable_apex(tmp_path):
+        yield tmp_path
 
 
 def _settings(kind: str = "AdamW", **params: Any) -> dict[str, Any]:

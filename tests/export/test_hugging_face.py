@@ -78,25 +78,6 @@ def auto(name: str) -> Any:
     return AutoModelForImageTextToText if name.startswith("Llava") else AutoModelForCausalLM
 
 
-@pytest.mark.parametrize("name", UPCYCLED)
-def test_what_is_read_back_computes_the_same(name: str, tmp_path: Path) -> None:
-    model = upcycled(name)
-    dm.export_hugging_face(model, tmp_path / "model")
-    back = auto(name).from_pretrained(tmp_path / "model")
-    assert (
-        type(back).__name__ == f"DynMoE{name.partition(' ')[0]}" and isinstance(back, type(model)) and not back.training
-    )
-    torch.testing.assert_close(logits(back), logits(model))
-    assert back.config.model_type == f"dynmoe_{model.config.model_type}"
-    written = [m.generate(**inputs(m), max_new_tokens=6, do_sample=False) for m in (back, model)]
-    assert torch.equal(*written)
-    (layer,) = (module for module in back.modules() if isinstance(module, MoELayer))
-    assert layer.num_slots == 3, "no free slots"
-    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
-        (key,) = (key for key in file.keys() if key.endswith("experts.w1"))  # noqa: SIM118 - a file, no dictionary
-        assert file.get_slice(key).get_shape()[0] == 3
-
-
 def weights(model: Any) -> dict[str, Tensor]:
     """Every weight once, those of experts by their ids."""
     found: dict[str, Tensor] = {}
@@ -114,21 +95,43 @@ def assert_same(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert unlike == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", UPCYCLED)
-def test_every_weight_comes_back_as_it_was(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def assert_all_comes_back(exported: Any, model: Any, folder: Path) -> None:
     """From Hugging Face's format, and from there back into a model of this project."""
-    model = upcycled(name).to(dtype)
-    dm.export_hugging_face(model, tmp_path / "exported")
-    exported = auto(name).from_pretrained(tmp_path / "exported")
     assert_same(weights(exported), weights(model))
-    dm.save_model(exported, tmp_path / "own")
-    back = dm.load_model(tmp_path / "own", num_slots=5)
+    dm.save_model(exported, folder / "own")
+    back = dm.load_model(folder / "own", num_slots=5)
     assert type(back) is type(model) and back.config.model_type == model.config.model_type
     assert not hasattr(back.config, "moe_layers")
     assert_same(weights(back), weights(model))
     assert {layer.num_slots for layer in moe_layers(back).values()} == {5}
-    assert torch.equal(logits(dm.load_model(tmp_path / "own")), logits(exported))
+    assert torch.equal(logits(dm.load_model(folder / "own")), logits(exported))
+
+
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_what_is_read_back_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = upcycled(name)
+    dm.export_hugging_face(model, tmp_path / "model")
+    back = auto(name).from_pretrained(tmp_path / "model")
+    assert (
+        type(back).__name__ == f"DynMoE{name.partition(' ')[0]}" and isinstance(back, type(model)) and not back.training
+    )
+    torch.testing.assert_close(logits(back), logits(model))
+    assert back.config.model_type == f"dynmoe_{model.config.model_type}"
+    written = [m.generate(**inputs(m), max_new_tokens=6, do_sample=False) for m in (back, model)]
+    assert torch.equal(*written)
+    (layer,) = (module for module in back.modules() if isinstance(module, MoELayer))
+    assert layer.num_slots == 3, "no free slots"
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
+        (key,) = (key for key in file.keys() if key.endswith("experts.w1"))  # noqa: SIM118 - a file, no dictionary
+        assert file.get_slice(key).get_shape()[0] == 3
+    assert_all_comes_back(back, model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", LLAVA_ON_QWEN])
+def test_weights_of_16_bits_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    model = upcycled(name).bfloat16()
+    dm.export_hugging_face(model, tmp_path / "model")
+    assert_all_comes_back(auto(name).from_pretrained(tmp_path / "model"), model, tmp_path)
 
 
 def test_a_second_round_changes_nothing_at_all(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ Source: apex/optimizers/fused_adam.py and apex/normalization/fused_layer_norm.py
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 _FILES = {
     "apex/__init__.py": "",
@@ -60,6 +65,9 @@ class FusedRMSNorm(torch.nn.RMSNorm):
 }
 
 
+FILES = tuple(_FILES)
+
+
 def write_fake_apex(folder: Path, *without: str) -> None:
     """Write the package and its extensions into a folder for `sys.path`, without some of the files."""
     for name, text in _FILES.items():
@@ -68,4 +76,27 @@ def write_fake_apex(folder: Path, *without: str) -> None:
             (folder / name).write_text(text)
 
 
-MODULES = ("apex", "apex.optimizers", "apex.normalization", "amp_C", "fused_layer_norm_cuda")
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@contextmanager
+def importable_apex(folder: Path, *without: str) -> Iterator[None]:
+    """While it is entered the fake is what can be imported, without some of its FILES; then all is as it was.
+
+    What it is without is not found at all, also where the real apex is installed.
+    """
+    write_fake_apex(folder, *without)
+    modules = {module_of(file): file for file in FILES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(f"{folder}")
+        for name, file in modules.items():
+            if file in without:
+                patch.setitem(sys.modules, name, None)
+            else:
+                patch.delitem(sys.modules, name, raising=False)
+        try:
+            yield
+        finally:
+            for name in modules:
+                sys.modules.pop(name, None)

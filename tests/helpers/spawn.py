@@ -82,6 +82,11 @@ def start_rank(
     return receiver, process
 
 
+def allow_workers() -> None:
+    """Let this rank have worker processes, which multiprocessing forbids what is killed with its parent."""
+    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as listener:

@@ -23,9 +23,10 @@ def test_apex_is_told_by_its_class(content: str, whose: str, tmp_path: Path, mon
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("apex", "apex.optimizers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert find_apex() == whose
+    found = find_apex()
     for name in ("apex", "apex.optimizers"):
         sys.modules.pop(name, None)
+    assert found == whose
 
 
 def test_no_apex_is_absent() -> None:

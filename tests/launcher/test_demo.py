@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.helpers.command import ROOT, dynmoe, environment
 from tests.helpers.saved_model import saved_model_loss
-
-ROOT = Path(__file__).parent.parent.parent
 
 SHORTER = [
     "training.steps=60",
@@ -31,12 +28,7 @@ SHORTER = [
 
 
 def run(command: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(
-        command, cwd=ROOT, env=environment | {"PATH": path}, capture_output=True, text=True, timeout=timeout_s
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout_s)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -46,8 +38,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    command = [sys.executable, "-m", "dynmoe_ds", "train", "experiment=demo", f"run_dir={folder}", *SHORTER]
-    result = run(command)
+    result = run(dynmoe("train", "experiment=demo", f"run_dir={folder}", *SHORTER))
     assert result.returncode == 0, result.stderr[-4000:]
     return folder, result
 
@@ -119,7 +110,7 @@ def test_the_launch_script_runs_the_same_job(tmp_path: Path) -> None:
 
 @pytest.mark.launcher
 def test_faults_are_all_named_before_any_rank_starts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dynmoe_ds", "train", "experiment=demo", f"run_dir={tmp_path / 'never'}"]
+    command = dynmoe("train", "experiment=demo", f"run_dir={tmp_path / 'never'}")
     result = run([*command, "trainng.steps=5", "parallel.ep_size=3", "optim.lr=-1"], timeout_s=60)
     assert result.returncode == 2
     for words in ("3 faults", "trainng", "Did you mean 'training'", "parallel.ep_size is 3", "optim.lr is -1"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.data.digit_questions import KINDS
+from tests.helpers.command import dynmoe
 from tests.helpers.vision_language import DATA, SIZES, write_digits
 from tests.launcher.test_demo import lines, run
 from tests.telemetry.test_comparison import rows
@@ -34,8 +34,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo_vl")
     digits = write_digits(folder / "digits")
     paths = [f"data.{key}={digits / name}" for key, name in DATA.items()]
-    command = [sys.executable, "-m", "dynmoe_ds", "stages", "experiment=demo_vl", f"run_dir={folder / 'run'}"]
-    result = run([*command, *paths, *SHORTER], timeout_s=400)
+    command = dynmoe("stages", "experiment=demo_vl", f"run_dir={folder / 'run'}", *paths, *SHORTER)
+    result = run(command, timeout_s=400)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder / "run", result.stdout + result.stderr
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.command import dynmoe
 from tests.launcher.test_demo import lines, run
 
 SHORT = [
@@ -19,7 +19,7 @@ SHORT = [
 @pytest.mark.launcher
 def test_a_run_for_each_seed_and_a_table_of_both(tmp_path: Path) -> None:
     folder = tmp_path / "seeds"
-    result = run([sys.executable, "-m", "dynmoe_ds", "train", "-m", *SHORT, "seed=0,1", f"run_dir={folder}"])
+    result = run(dynmoe("train", "-m", *SHORT, "seed=0,1", f"run_dir={folder}"))
     assert result.returncode == 0, result.stderr[-4000:]
     table = (folder / "sweep.md").read_text()
     assert table in result.stdout

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,21 +12,19 @@ import psutil
 import pytest
 
 from dynmoe_ds.cli.launcher_watch import CHECKPOINT_GRACE_S
+from tests.helpers.command import ROOT, Started
 from tests.helpers.spawn import free_port
 
-ROOT = Path(__file__).parent.parent.parent
 # What the documentation promises: a second to notice, the time for a checkpoint, and a busy machine.
 WITHIN_S = CHECKPOINT_GRACE_S + 15
 
 
-class Job:
+class Job(Started):
     """The front end, DeepSpeed's two processes and two ranks, in the middle of a training of several minutes."""
 
     def __init__(self, folder: Path, *overrides: str, by: str = "front") -> None:
         """by: `front`, `deepspeed` or `torchrun`, the launchers themselves."""
         self.folder = folder
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}"}
         verb = ["train", "experiment=smoke", f"run_dir={folder}", "training.steps=100000", "telemetry=disabled"]
         verb += ["checkpoint.every_steps=5000", "training.eval_every_steps=100000", "training.log_every_steps=1"]
         verb += overrides
@@ -43,27 +39,9 @@ class Job:
                 "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--module", "dynmoe_ds",
             ],
         }[by]  # fmt: skip
-        self.output = folder.with_name("output.txt")
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, *verb], cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
         self.has_front = by == "front"
-        self.started: set[psutil.Process] = set()
-
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-        end = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < end and self.process.poll() is None, self.output.read_text()
-            self.started |= self.below()
-            time.sleep(0.1)
-        self.started |= self.below()
-
-    def below(self) -> set[psutil.Process]:
-        try:
-            return set(psutil.Process(self.process.pid).children(recursive=True))
-        except psutil.NoSuchProcess:
-            return set()
+        words = [sys.executable, "-m", *command, *verb]
+        super().__init__(words, folder.with_name("output.txt"), PYTHONPATH=f"{ROOT}")
 
     @property
     def runner(self) -> psutil.Process:
@@ -84,7 +62,7 @@ class Job:
         """The exit code, what was said, and after how long nothing was left."""
         begun = time.monotonic()
         code = self.process.wait(timeout=WITHIN_S)
-        _, alive = psutil.wait_procs(self.started, timeout=max(0.0, WITHIN_S - (time.monotonic() - begun)))
+        _, alive = psutil.wait_procs(self.seen, timeout=max(0.0, WITHIN_S - (time.monotonic() - begun)))
         assert not alive, f"left behind: {[(one.pid, one.cmdline()) for one in alive]}"
         took = time.monotonic() - begun
         print(f"nothing left after {took:.1f} s, exit code {code}")
@@ -107,10 +85,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     yield make
     for job in jobs:
-        for process in job.started | job.below():
-            if process.is_running():
-                process.kill()
-        job.process.kill()
+        job.kill()
 
 
 @pytest.mark.launcher

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.command import ROOT, dynmoe, environment
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [
-        sys.executable, "-m", "dynmoe_ds", "train", "experiment=smoke", f"run_dir={folder}", "training.steps=150",
-        "telemetry=disabled", "checkpoint.every_steps=50", "training.eval_every_steps=150",
-    ]  # fmt: skip
+    command = dynmoe(
+        "train", "experiment=smoke", f"run_dir={folder}", "training.steps=150", "telemetry=disabled",
+        "checkpoint.every_steps=50", "training.eval_every_steps=150",
+    )  # fmt: skip
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.fake_apex import MODULES, write_fake_apex
+from tests.helpers.fake_apex import FILES, importable_apex
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dynmoe_ds.models import fuse_norms
@@ -28,15 +28,21 @@ def _loss(model: torch.nn.Module) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.parametrize("whose", ["torch", "apex"])
-def test_outputs_gradients_and_names_stay(whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if whose == "apex":
-        write_fake_apex(tmp_path)
-        monkeypatch.syspath_prepend(str(tmp_path))
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "apex": (), "no apex": FILES, "apex without its kernel for norms": ("fused_layer_norm_cuda.py",),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LEFT_OUT)
+def whose(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Whose norms are to be taken with what is installed."""
+    with importable_apex(tmp_path, *LEFT_OUT[request.param]):
+        yield "apex" if request.param == "apex" else "torch"
+
+
+def test_outputs_gradients_and_names_stay(whose: str) -> None:
     plain, fused = _model(), _model()
     assert fuse_norms(fused) == whose
-    for name in MODULES:
-        sys.modules.pop(name, None)
     kinds = {type(module).__name__ for module in fused.modules() if "Norm" in type(module).__name__}
     assert kinds == {"RMSNorm" if whose == "torch" else "FusedRMSNorm"}
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -53,12 +59,3 @@ def test_a_norm_that_scales_otherwise_is_left_alone() -> None:
     before = _loss(model)
     fuse_norms(model)
     assert torch.equal(_loss(model), before)
-
-
-def test_an_apex_without_its_kernel_for_norms_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_fake_apex(tmp_path)
-    (tmp_path / "fused_layer_norm_cuda.py").unlink()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert fuse_norms(_model()) == "torch"
-    for name in MODULES:
-        sys.modules.pop(name, None)

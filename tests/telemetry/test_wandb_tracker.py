@@ -21,6 +21,7 @@ from dynmoe_ds.telemetry.trackers import (
     WandbTracker,
     build_trackers,
 )
+from tests.helpers.spawn import free_port
 from tests.telemetry.events_for_tests import event
 from tests.telemetry.metrics_for_tests import metrics
 
@@ -152,10 +153,8 @@ for key in ({}, {"WANDB_API_KEY": "a" * 40}):
 
 
 def test_online_without_a_key_or_without_an_answer_is_one_warning(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    own |= {"HOME": f"{tmp_path}", "NETRC": f"{tmp_path}/none", "WANDB_BASE_URL": nobody}
+    own |= {"HOME": f"{tmp_path}", "NETRC": f"{tmp_path}/none", "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
     command = [sys.executable, "-c", _ONLINE, f"{tmp_path}"]
     done = subprocess.run(
         command, env=own, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180, check=True

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.helpers.spawn import run_ranks
+from tests.helpers.spawn import allow_workers, run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
 
 from dynmoe_ds.config.schema import RunConfig
@@ -85,7 +84,7 @@ def test_images_that_cannot_be_decoded_are_counted_over_ranks(tmp_path: Path) ->
 
 def stop_at_broken(rank: int, world_size: int, digits: str, folder: str) -> tuple[list[tuple[str, int]], list[int]]:
     """How training without and with a worker ends and after how many steps, then evaluations; the turns as above."""
-    multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
+    allow_workers()
     found = []
 
     def note(error: DynMoEError) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from tests.helpers.megatron import needs_megatron, word_tokenizer
+from tests.helpers.no_report import draw_no_report
 from tests.helpers.run_config import small_run
+from tests.helpers.run_lines import run_lines
 from tests.helpers.spawn import run_ranks
 
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.schema import MegatronIndexedConfig, RunConfig
-from dynmoe_ds.telemetry import is_of_the_machine, read_metrics
-from dynmoe_ds.training import Trainer, run_log
+from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.run_checkpoints import Preempted
 
 # Data sets of 24 and of 12 documents, whose words no other has.
@@ -54,7 +55,7 @@ def config(folder: Path, corpus: dict[str, Any]) -> RunConfig:
 
 
 def train(rank: int, world_size: int, undisturbed: RunConfig, stopped: RunConfig) -> dict[str, Any]:
-    run_log.write_report = lambda folder: None  # which takes longer than the training
+    draw_no_report()
     read: list[list[int]] = []
 
     def run(trainer: Trainer) -> Trainer:
@@ -86,10 +87,7 @@ def test_a_run_that_stopped_in_mid_epoch_ends_as_if_it_had_not(tmp_path: Path, c
         assert rank["first_step"] == STOPPED_AFTER
         assert rank["in two parts"] == rank["whole"] and len(rank["whole"]) == 2 * STEPS
         assert 0 < 4 * STOPPED_AFTER < rank["windows"] < 4 * STEPS, "in the first of two epochs"
-    first, again = (
-        [{name: value for name, value in line.items() if not is_of_the_machine(name)} for line in lines]
-        for lines in (read_metrics(run.run_dir) for run in (undisturbed, stopped))
-    )
+    first, again = (run_lines(run.run_dir, "metrics") for run in (undisturbed, stopped))
     assert again == first
     losses = [line["train/loss"] for line in first if "train/loss" in line]
     assert len(losses) == STEPS and losses[-1] < losses[0]

@@ -12,22 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.no_report import draw_no_report
 from tests.helpers.run_config import small_run
+from tests.helpers.run_lines import run_lines, what_was_written
 from tests.helpers.spawn import RankFailed, run_ranks
-from tests.training.test_resume import lines
 
 from dynmoe_ds.checkpoint import writer
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import NonFiniteError
 from dynmoe_ds.telemetry.run_state import finished_steps
-from dynmoe_ds.training import run_log
 from dynmoe_ds.training.trainer import Trainer
 
 SPOILT = (1, 7)
 """Steps, from 0, whose batch is spoilt on rank 1: one before the first checkpoint, and the last of a window."""
-
-FILES = ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl")
 
 
 def config(folder: Path | str, policy: str, log_every_steps: int = 1) -> RunConfig:
@@ -55,7 +53,7 @@ def config(folder: Path | str, policy: str, log_every_steps: int = 1) -> RunConf
 
 def spoilt(run: RunConfig, rank: int, spoil: Callable[[Trainer, int], None]) -> Trainer:
     """A trainer on whose rank 1 `spoil` is called before every step. Its run draws no report."""
-    run_log.write_report = lambda *args: None  # type: ignore[assignment]
+    draw_no_report()
     trainer = Trainer(run)
     ordinary = trainer._train_step
 
@@ -131,8 +129,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 
 def assert_same(a: Path, b: Path) -> None:
-    for name in FILES:
-        assert lines(a, name) == lines(b, name), name
+    assert what_was_written(a) == what_was_written(b)
     model = "model/model.safetensors"
     assert (a / model).read_bytes() == (b / model).read_bytes()
 
@@ -141,17 +138,17 @@ def test_a_run_that_went_back_ends_as_one_that_left_out_the_step(runs: tuple[Pat
     folder, errors = runs
     assert (errors["skipped"], errors["rolled back"], errors["undisturbed"]) == ("", "", "")
     assert_same(folder / "rolled back", folder / "skipped")
-    skipped = [line["train/skipped_steps"] for line in lines(folder / "skipped", "metrics.jsonl")]
+    skipped = [line["train/skipped_steps"] for line in run_lines(folder / "skipped", "metrics")]
     assert skipped == [0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
-    assert lines(folder / "skipped", "adaptation.jsonl")[1]["step"] == 8, "the spoilt step's adaptation took place"
+    assert run_lines(folder / "skipped", "adaptation")[1]["step"] == 8, "the spoilt step's adaptation took place"
     model = "model/model.safetensors"
     assert (folder / "skipped" / model).read_bytes() != (folder / "undisturbed" / model).read_bytes()
 
 
 def test_nothing_of_a_spoilt_step_is_in_the_log(runs: tuple[Path, dict[str, str]]) -> None:
-    for line in lines(runs[0] / "skipped", "metrics.jsonl"):
+    for line in run_lines(runs[0] / "skipped", "metrics"):
         assert None not in line.values(), line
-    by_step = {line["step"]: line for line in lines(runs[0] / "skipped", "metrics.jsonl")}
+    by_step = {line["step"]: line for line in run_lines(runs[0] / "skipped", "metrics")}
     of_updates = {"train/loss", "train/aux_loss", "train/gradient_norm"}
     assert not of_updates & by_step[2].keys() and of_updates <= by_step[3].keys()
 

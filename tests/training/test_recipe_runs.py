@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.no_report import draw_no_report
 from tests.helpers.recipe_parts import DECODERS, NUM_LAYERS, recipe_overrides, write_recipe_parts
 from tests.helpers.spawn import run_ranks
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from dynmoe_ds.cli import train
 from dynmoe_ds.cli.main import main
 from dynmoe_ds.config.load import load_config
 from dynmoe_ds.moe import moe_layers
-from dynmoe_ds.training import Trainer, run_log
+from dynmoe_ds.training import Trainer
 
 # Sizes, steps and what is for long runs; everything else is the recipe's.
 _SMALL = [
@@ -71,7 +72,7 @@ class Held:
 
 def train_stages(rank: int, world_size: int, commands: dict[str, list[list[str]]]) -> dict[str, list[Held]]:
     """Every stage of every recipe; what the engine holds at the end of each."""
-    run_log.write_report = lambda folder: None  # its pictures take longer than all the rest
+    draw_no_report()
     found: dict[str, list[Held]] = {name: [] for name in commands}
     for name, stages in commands.items():
         for overrides in stages:

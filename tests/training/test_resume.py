@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 from tests.helpers.run_config import changed, small_run
+from tests.helpers.run_lines import run_lines, what_was_written
 from tests.helpers.spawn import RankFailed, run_ranks
 
 from dynmoe_ds.config.schema import CheckpointConfig, RunConfig
 from dynmoe_ds.config.validate import find_faults
 from dynmoe_ds.errors import DynMoEError
-from dynmoe_ds.telemetry import is_of_the_machine
 from dynmoe_ds.telemetry.run_state import finished_steps
 from dynmoe_ds.training import run_checkpoints
 from dynmoe_ds.training.run_checkpoints import Preempted
@@ -57,11 +56,6 @@ def die_at(rank: int, world_size: int, run: RunConfig, step: int) -> None:
     trainer.run()
 
 
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not is_of_the_machine(key)} for line in found]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
@@ -79,8 +73,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
     assert finished_steps(folder) is None
     assert {"config.yaml", "versions.json", "tokenizer"} <= {path.name for path in folder.iterdir()}
     assert run_ranks(train, 2, config(folder), timeout_s=120) == [resumed_from, resumed_from]
-    for name in ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl"):
-        assert lines(folder, name) == lines(undisturbed, name), name
+    assert what_was_written(folder) == what_was_written(undisturbed)
     assert (folder / "model" / "model.safetensors").read_bytes() == (
         undisturbed / "model" / "model.safetensors"
     ).read_bytes()
@@ -89,7 +82,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
 
 
 def test_the_undisturbed_run_did_adapt_and_keeps_two_checkpoints(undisturbed: Path) -> None:
-    assert [event["step"] for event in lines(undisturbed, "adaptation.jsonl")] == [4, 8, 12]
+    assert [event["step"] for event in run_lines(undisturbed, "adaptation")] == [4, 8, 12]
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == [
         "latest",
         "step-00000009",
@@ -100,7 +93,7 @@ def test_the_undisturbed_run_did_adapt_and_keeps_two_checkpoints(undisturbed: Pa
 def test_checkpoints_in_the_background_are_the_same(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "run"
     run_ranks(train, 2, config(folder, asynchronous=True), timeout_s=120)
-    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl")
+    assert run_lines(folder, "metrics") == run_lines(undisturbed, "metrics")
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000012\n"
     assert len(list((folder / "checkpoints").iterdir())) == 3
 
@@ -111,7 +104,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_another_layout(tmp_path: Path
     longer = small_run(folder, training__steps=15, training__micro_batch_size=8, checkpoint=config(folder).checkpoint)
     # At its last step a run is not stopped: it comes to its end.
     assert run_ranks(train, 1, longer, 3, timeout_s=120) == [12]
-    steps = [line["step"] for line in lines(folder, "metrics.jsonl")]
+    steps = [line["step"] for line in run_lines(folder, "metrics")]
     assert steps == sorted(set(steps)) and steps[-1] == 15
     assert finished_steps(folder) == 15
 
@@ -133,7 +126,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, every_steps: int) -> No
     run = changed(config(folder), checkpoint__every_steps=every_steps)
     assert run_ranks(train, 2, run, timeout_s=120) == [0, 0]
     before = contents(folder)
-    assert finished_steps(folder) == 12 and lines(folder, "metrics.jsonl")[-1]["step"] == 12
+    assert finished_steps(folder) == 12 and run_lines(folder, "metrics")[-1]["step"] == 12
     shorter = changed(run, training__steps=9)
     assert run_ranks(train_each, 2, run, shorter, timeout_s=120) == [[12, 12], [12, 12]]
     assert changes(folder, before) == []
@@ -260,11 +253,11 @@ def test_a_run_that_one_rank_is_asked_to_stop_goes_on(tmp_path: Path, undisturbe
     assert run_ranks(be_preempted, 2, config(folder), timeout_s=120) == [want, want]
     assert finished_steps(folder) is None
     assert run_ranks(train, 2, config(folder), timeout_s=120) == [5, 5]
-    assert lines(folder, "adaptation.jsonl") == lines(undisturbed, "adaptation.jsonl")
+    assert run_lines(folder, "adaptation") == run_lines(undisturbed, "adaptation")
     model = "model/model.safetensors"
     assert (folder / model).read_bytes() == (undisturbed / model).read_bytes()
-    steps = [line["step"] for line in lines(undisturbed, "metrics.jsonl")]
-    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == sorted({*steps, 5})
+    steps = [line["step"] for line in run_lines(undisturbed, "metrics")]
+    assert [line["step"] for line in run_lines(folder, "metrics")] == sorted({*steps, 5})
 
 
 def fail_to_save(rank: int, world_size: int, run: RunConfig) -> None:
@@ -288,6 +281,6 @@ def fail_to_save(rank: int, world_size: int, run: RunConfig) -> None:
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "full"
     run_ranks(fail_to_save, 2, config(folder), timeout_s=120)
-    assert lines(folder, "metrics.jsonl") == lines(undisturbed, "metrics.jsonl")
+    assert run_lines(folder, "metrics") == run_lines(undisturbed, "metrics")
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["latest", "step-00000009", "step-00000012"]

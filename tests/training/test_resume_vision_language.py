@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from pathlib import Path
 
 import pytest
-from tests.helpers.spawn import run_ranks
+from tests.helpers.no_report import draw_no_report
+from tests.helpers.run_lines import run_lines, what_was_written
+from tests.helpers.spawn import allow_workers, run_ranks
 from tests.helpers.vision_language import tiny_run, write_digits
-from tests.training.test_resume import lines
 
 from dynmoe_ds.config.schema import RunConfig
-from dynmoe_ds.training import run_log
 from dynmoe_ds.training.run_checkpoints import Preempted
 from dynmoe_ds.training.trainer import Trainer
 
@@ -45,8 +44,8 @@ def train_twice(rank: int, world_size: int, digits: str, folder: str, form: str)
 
     The step it went on from, and the epochs before it.
     """
-    multiprocessing.current_process()._config["daemon"] = False  # or it may have no worker processes
-    run_log.write_report = lambda folder: None  # for which rank 1 would wait
+    allow_workers()
+    draw_no_report()
     Trainer(configuration(digits, f"{folder}/undisturbed", form, 0)).run()
     stopped, num_steps = configuration(digits, f"{folder}/stopped", form, int(world_size == 2)), itertools.count(1)
     with pytest.raises(Preempted):
@@ -66,10 +65,9 @@ def test_a_run_stopped_in_mid_epoch_ends_as_an_undisturbed_one(form: str, tmp_pa
     assert [step for step, _ in found] == [STOPPED_AFTER] * num_ranks
     assert all(0 < epochs < 1 for _, epochs in found), found
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    for name in ("metrics.jsonl", "experts.jsonl", "adaptation.jsonl"):
-        assert lines(stopped, name) == lines(undisturbed, name), name
-    assert [line["step"] for line in lines(stopped, "metrics.jsonl")] == list(range(1, 9))
+    assert what_was_written(stopped) == what_was_written(undisturbed)
+    assert [line["step"] for line in run_lines(stopped, "metrics")] == list(range(1, 9))
     model = "model/model.safetensors"
     assert (stopped / model).read_bytes() == (undisturbed / model).read_bytes()
-    events = lines(stopped, "adaptation.jsonl")
+    events = run_lines(stopped, "adaptation")
     assert any(change["grown"] for change in events[0]["layers"].values()), "nothing was born after the stop"

@@ -14,6 +14,8 @@ from dynmoe_ds.training.tasks import VisionLanguage
 from dynmoe_ds.training.trained_check import check_trained
 
 DENSE, ROUTER = "model.language_model.layers.1.mlp.up_proj.weight", "model.language_model.layers.0.mlp.router.weight"
+# The group without weight decay, which is the last.
+THRESHOLDS = [f"model.language_model.layers.{layer}.mlp.router.threshold" for layer in (0, 2)]
 
 
 class _Wrong(VisionLanguage):
@@ -26,19 +28,33 @@ class _Wrong(VisionLanguage):
         return model
 
 
-def start(rank: int, world_size: int, digits: str, folder: str) -> str:
-    trainer.build_task = _Wrong
-    with pytest.raises(AssertionError) as caught:
-        Trainer(tiny_run(Path(digits), Path(folder) / "run", "experts"))
-    return str(caught.value)
+def start(rank: int, world_size: int, digits: str, folder: str) -> list[str]:
+    """What is said of a model that is `_Wrong`, and where the optimiser is not given the last of its groups."""
+    said = []
+
+    def refused(run: str) -> None:
+        with pytest.raises(AssertionError) as caught:
+            Trainer(tiny_run(Path(digits), Path(folder) / run, "experts"))
+        said.append(str(caught.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_task", _Wrong)
+        refused("wrong")
+    ordinary = trainer.parameter_groups
+    trainer.parameter_groups = lambda *arguments: ordinary(*arguments)[:-1]
+    refused("without a group")
+    return said
 
 
 def test_a_run_that_would_train_something_else_than_its_stage_does_not_start(tmp_path: Path) -> None:
     digits = write_digits(tmp_path / "digits")
-    (said,) = run_ranks(start, 1, f"{digits}", f"{tmp_path}")
-    assert said.startswith(f"the stage trains experts; of these frozen: {ROUTER}; trained but not of these: {DENSE}"), (
-        said
+    [(of_stage, of_optimiser)] = run_ranks(start, 1, f"{digits}", f"{tmp_path}")
+    wanted = f"the stage trains experts; of these frozen: {ROUTER}; trained but not of these: {DENSE}"
+    assert of_stage.startswith(wanted), of_stage
+    wanted = (
+        f"with a gradient but not in the optimiser: {', '.join(THRESHOLDS)}; in the optimiser but without one: nothing"
     )
+    assert of_optimiser == wanted, of_optimiser
 
 
 def test_what_the_optimiser_holds_is_what_wants_gradients() -> None:

@@ -2,7 +2,6 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from tests.helpers.run_config import small_run
 from tests.helpers.saved_model import saved_model_loss
 from tests.helpers.spawn import run_ranks
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dynmoe_ds.config.load import load_config
 from dynmoe_ds.config.schema import RunConfig
@@ -61,24 +60,26 @@ class _Enough(Exception):
     """Ends the building of a trainer."""
 
 
-@pytest.mark.parametrize(("is_gpu", "kind"), [(True, "RMSNorm"), (False, "LlamaRMSNorm")])
-def test_norms_are_fused_on_gpus_only(is_gpu, kind, tmp_path, monkeypatch):
-    def enough(**options):
+def _norms(rank: int, world_size: int, config: RunConfig) -> list[set[str]]:
+    """The classes of the norms in the model that the engine is given, on a GPU and on a CPU."""
+    found: list[set[str]] = []
+
+    def enough(*, model: torch.nn.Module, **options: object) -> None:
+        found.append({type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__})
         raise _Enough
 
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
-    task = SimpleNamespace(build_model=lambda: model, tokens_per_example=8, token_kinds=())
-    for name, value in (
-        ("build_task", lambda config: task), ("_training_order", lambda *_: None),
-        ("runs_on_gpu", lambda: is_gpu), ("initialize", enough),
-    ):  # fmt: skip
-        monkeypatch.setattr(trainer, name, value)
-    unfinished = Trainer.__new__(Trainer)
-    unfinished.config = _config(tmp_path)
-    with pytest.raises(_Enough):
-        unfinished._build(None)
-    assert {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__} == {kind}
+    trainer.initialize = enough
+    for is_gpu in (True, False):
+        trainer.runs_on_gpu = lambda is_gpu=is_gpu: is_gpu
+        with pytest.raises(_Enough):
+            Trainer(config)
+    return found
+
+
+def test_norms_are_fused_on_gpus_only(tmp_path):
+    [(on_gpu, on_cpu)] = run_ranks(_norms, 1, _config(tmp_path))
+    assert on_cpu == {"LlamaRMSNorm"}
+    assert on_gpu and "LlamaRMSNorm" not in on_gpu
 
 
 def test_one_rank_neither_communicates_nor_waits(one_rank):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.no_report import draw_no_report
 from tests.helpers.published import BUILD, published_config, published_tensors, tower, write_published, write_tower
 from tests.helpers.recipe_parts import write_recipe_parts
 from tests.helpers.spawn import run_ranks
@@ -19,7 +20,7 @@ from dynmoe_ds.config.load import load_config
 from dynmoe_ds.errors import ConfigError
 from dynmoe_ds.models.vision_language import take_conversations
 from dynmoe_ds.moe import moe_layers
-from dynmoe_ds.training import Trainer, run_log
+from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.tasks import VisionLanguage
 
 LAYERS = tuple(f"model.language_model.layers.{index}.mlp" for index in (0, 2))
@@ -59,7 +60,7 @@ def overrides(folder: str | Path, *more: str) -> list[str]:
 
 def train_on(rank: int, world_size: int, folder: str) -> float:
     """Two steps with a split of all experts; the loss of this rank's first batch by the imported model itself."""
-    run_log.write_report = lambda folder: None  # which takes longer than the training
+    draw_no_report()
     trainer = Trainer(load_config(overrides(folder, "parallel.num_ranks=2", "parallel.ep_size=2")))
     imported: Any = dm.load_model(f"{folder}/imported/model").train()
     take_conversations(imported)
