@@ -24,7 +24,7 @@ RUN = (
     "experiment=smoke", "parallel.process_group_timeout_s=120", "training.steps=60", "training.log_every_steps=1",
     "training.eval_every_steps=20", "training.sample_tokens=0", "checkpoint.every_steps=10", "telemetry=disabled",
 )  # fmt: skip
-# Limits of what takes a minute on a machine that is free: a busy one is no failure.
+# Limits of what takes a minute on a machine that is free: a busy one is no failure, but where a limit itself is tested.
 PATIENCE_S = 900
 
 _OF_HOSTS = ("ssh", "sshd", "ssh-keygen")

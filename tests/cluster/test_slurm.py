@@ -81,25 +81,29 @@ def test_the_demo_stops_before_its_time_is_over_and_goes_on_by_itself(slurm: Vir
     folder = tmp_path / "run"
     own = (
         "training.steps=100000", "training.log_every_steps=1", "training.sample_tokens=0", "telemetry=disabled",
-        "launch.time=00:02:00", "launch.signal_s=60",
+        "launch.time=00:03:00", "launch.signal_s=60",
     )  # fmt: skip
     job = job_number(launch(slurm, "experiment=demo", *own, "launch.sbatch_options=['--hold']", f"run_dir={folder}"))
     log = folder / "launch" / f"job-{job}.log"
     with Watcher(folder) as watcher:
         assert watcher.told == [("not started", "Not started: launched, but nothing is written yet.")]
         slurm.call("scontrol", "release", job)
-        # Nobody but Slurm signals: some time between the start and half of the two minutes.
+        # Nobody but Slurm signals: in the second of the three minutes, as it may be early by one. So each life has a
+        # minute in which it is seen to run.
         slurm.wait_for_restart(job)
         stopped = stopped_at(folder)
         assert stopped >= 1 and f"Stopped after optimiser step {stopped}, as asked." in log.read_text()
-        slurm.wait_for(lambda: last_step(folder) > stopped and watcher.words()[-1] == "running", PATIENCE_S)
+        slurm.wait_for(
+            lambda: last_step(folder) > stopped and watcher.words()[-2:] == ["stopped", "running"], PATIENCE_S
+        )
         assert f"Going on from {folder}/checkpoints/step-{stopped:08}." in log.read_text()
         assert "DUE TO TIME LIMIT" not in log.read_text()
 
         slurm.call("scancel", job)
         assert slurm.wait_for_end(job) == "CANCELLED"
         slurm.wait_for(lambda: stopped_at(folder) > stopped and watcher.words()[-1] == "stopped")
-    assert watcher.words() == ["not started", "running", "stopped", "running", "stopped"], watcher.told
+    # On a busy machine its time may be over once more before it is cancelled.
+    assert re.fullmatch("not started( running stopped){2,}", " ".join(watcher.words())), watcher.told
     assert any(re.match(r"Running: step \d+ of 100000", told) for told in watcher.said("running")), watcher.told
 
 
@@ -116,20 +120,29 @@ def test_a_node_that_fails_before_the_first_checkpoint(slurm: VirtualSlurm, undi
 
 def test_a_sweep_is_one_array_whose_tasks_are_preempted_one_by_one(slurm: VirtualSlurm, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    done = launch(
-        slurm, *RUN, "launch.nodes=1", "parallel=single", "training.steps=40", "optim.lr=1e-3,1e-2", f"run_dir={folder}"
-    )
+    # So many steps that the other one still runs, on a fast machine too, when one has been preempted.
+    own = (
+        "launch.nodes=1", "parallel=single", "training.steps=1500", "training.eval_every_steps=500",
+        "checkpoint.every_steps=500", "optim.lr=1e-3,1e-2",
+    )  # fmt: skip
+    done = launch(slurm, *RUN, *own, f"run_dir={folder}")
     job = job_number(done)
     assert done.stdout.splitlines()[1:] == ["run\toptim.lr", "0\t0.001", "1\t0.01"]
-    # The last task: its own number is that of the whole array.
-    slurm.wait_for(lambda: last_step(folder / "1") >= 3, PATIENCE_S)
-    slurm.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    slurm.wait_for_restart(f"{job}_1")
-    for number in (0, 1):
-        log = folder / "launch" / f"job-{job}_{number}.log"
-        assert slurm.wait_for_end(f"{job}_{number}") == "COMPLETED", log.read_text()[-4000:]
-        assert slurm.job(f"{job}_{number}")["Restarts"] == f"{number}"
-        assert ("as asked" in log.read_text()) == bool(number)
+    slurm.wait_for(lambda: min(last_step(folder / f"{number}") for number in (0, 1)) >= 3, PATIENCE_S)
+    tasks = [f"{job}_{number}" for number in (0, 1)]
+    # The last task's own number is that of the whole array, the other's is not.
+    assert [slurm.job(task)["JobId"] == job for task in tasks] == [False, True]
+    slurm.call("scancel", "--signal=USR1", "--batch", tasks[1])
+    slurm.wait_for_restart(tasks[1])
+    other = slurm.job(tasks[0])
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    slurm.call("scancel", "--signal=USR1", "--batch", tasks[0])
+    slurm.wait_for_restart(tasks[0])
+    for task in tasks:
+        log = folder / "launch" / f"job-{task}.log"
+        assert slurm.wait_for_end(task) == "COMPLETED", log.read_text()[-4000:]
+        assert slurm.job(task)["Restarts"] == "1", "not with the other, too"
+        assert log.read_text().count("as asked") == log.read_text().count("Going on from") == 1
     rates = [yaml.safe_load((folder / f"{number}" / "config.yaml").read_text())["optim"]["lr"] for number in (0, 1)]
     assert rates == [1e-3, 1e-2]
     assert (folder / "sweep.tsv").read_text() == "run\toptim.lr\n0\t0.001\n1\t0.01\n"
@@ -142,7 +155,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_preempted_one_by_one(slurm: Virtua
     assert told.returncode == 0, told.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in told.stdout.splitlines() if line[:1] == "|"]
     assert rows[0] == ["run", "optim.lr", "state", "steps"]
-    assert rows[2:] == [["0", "0.001", "finished", "40 of 40"], ["1", "0.01", "finished", "40 of 40"]]
+    assert rows[2:] == [["0", "0.001", "finished", "1500 of 1500"], ["1", "0.01", "finished", "1500 of 1500"]]
     assert (folder / "report.html").exists()
 
 

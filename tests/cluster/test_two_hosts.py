@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,18 +114,11 @@ def test_another_job_is_kept_out_of_the_folder_from_both_hosts_and_ctrl_c_ends_t
 
 
 def wait_for_the_end_of_the_ranks(hosts: TwoHosts) -> None:
-    """Those of both hosts, within the time-out and what it takes to say so and to end."""
-    cut_s = time.monotonic()
-    ends: dict[int, float] = {}
+    """Those of both hosts, within the time-out and what it takes to say so and to end.
 
-    def are_gone() -> bool:
-        for number in range(2):
-            if number not in ends and not hosts.ranks(number):
-                ends[number] = time.monotonic() - cut_s
-        return len(ends) == 2
-
-    hosts.wait_for(are_gone, TIMEOUT_S + 20)
-    print(f"The ranks were gone {', '.join(f'{ends[number]:.0f} s' for number in range(2))} after the cut.")
+    Unlike other limits here this one is what is tested, and a machine too busy to keep it is a failure.
+    """
+    hosts.wait_for(lambda: not hosts.ranks(0) and not hosts.ranks(1), TIMEOUT_S + 20)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,16 +157,17 @@ def test_started_by_hand_both_hosts_say_that_they_are_cut_off(
     wanted = ("launch.start=print", f"parallel.process_group_timeout_s={TIMEOUT_S}", "training.steps=100000")
     printing = start(launches, hosts, "hosts_torchrun", folder, *wanted)
     assert printing.code() == 0, printing.said()
-    first, first_line, second, second_line = printing.said().splitlines()
-    assert (first, second) == tuple(f"# {name}" for name in NAMES)
+    # Each after its host's name; a library may have warned around them.
+    printed = printing.said().splitlines()
+    lines = [printed[printed.index(f"# {name}") + 1] for name in NAMES]
 
     logs = [tmp_path / f"{name}.log" for name in NAMES]
-    started = []
-    for number, line in enumerate((first_line, second_line)):
-        with logs[number].open("w") as log:
-            words = hosts.words(number, "bash", "-c", line)
-            started.append(subprocess.Popen(words, cwd="/", env=environment(), stdout=log, stderr=log))
+    started: list[subprocess.Popen[bytes]] = []
     try:
+        for number, line in enumerate(lines):
+            with logs[number].open("w") as log:
+                words = hosts.words(number, "bash", "-c", line)
+                started.append(subprocess.Popen(words, cwd="/", env=environment(), stdout=log, stderr=log))
         hosts.wait_for(lambda: last_step(folder) >= 3 or any(one.poll() is not None for one in started), PATIENCE_S)
         assert [bool(hosts.ranks(number)) for number in range(2)] == [True, True], logs[0].read_text()[-4000:]
         hosts.cut()
@@ -185,6 +178,7 @@ def test_started_by_hand_both_hosts_say_that_they_are_cut_off(
         for one in started:
             one.kill()
             one.wait()
+        hosts.kill_trainers()  # the rank is not ended by the end of what started it
     for number, log in enumerate(logs):
         assert f"[rank {number}] Another rank did not take part within {TIMEOUT_S} s" in log.read_text(), (
             log.read_text()[-4000:]

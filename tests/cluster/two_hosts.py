@@ -101,9 +101,7 @@ class TwoHosts:
         for number, space in enumerate(self._spaces):
             end = time.monotonic() + 10
             while (pids := self.pids(number)) and time.monotonic() < end:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                _kill(pids)
                 time.sleep(0.1)
             _call("ip", "netns", "del", space, check=False)
         if self._made_sshd_folder:
@@ -137,12 +135,16 @@ class TwoHosts:
 
     def trainers(self, number: int) -> list[int]:
         """Those that train, and their launchers."""
-        words = {pid: _command_line(pid) for pid in self.pids(number)}
-        return [pid for pid, own in words.items() if own[:1] == [sys.executable] and "train" in own]
+        return list(self._trainers(number))
 
     def ranks(self, number: int) -> list[int]:
         """Those that train."""
-        return [pid for pid in self.trainers(number) if "-m dynmoe_ds train" in " ".join(_command_line(pid))]
+        return [pid for pid, words in self._trainers(number).items() if "-m dynmoe_ds train" in " ".join(words)]
+
+    def kill_trainers(self) -> None:
+        """Those of both hosts, without a chance to tell anybody."""
+        for number in range(2):
+            _kill(self.trainers(number))
 
     def sent_bytes(self, number: int) -> int:
         """What has left a host through the cable."""
@@ -156,6 +158,16 @@ class TwoHosts:
         while not condition():
             assert time.monotonic() < end, f"{timeout_s} s have passed"
             time.sleep(0.2)
+
+    def _trainers(self, number: int) -> dict[int, list[str]]:
+        words = {pid: _command_line(pid) for pid in self.pids(number)}
+        return {pid: own for pid, own in words.items() if own[:1] == [sys.executable] and "train" in own}
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _call(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:

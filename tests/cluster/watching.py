@@ -12,8 +12,9 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-from tests.cluster.conftest import PATIENCE_S, ROOT, dynmoe, environment
+from tests.cluster.conftest import ROOT, dynmoe, environment
 
+_ANSWER_S = 60
 _STATE = re.compile(r'<p class="state ([^"]+)">(.*?)</p>')
 
 
@@ -24,9 +25,15 @@ class Watcher:
         self.told: list[tuple[str, str]] = []
         self._run_dir = run_dir
         self._is_over = threading.Event()
+        self._failure: Exception | None = None
 
     def words(self) -> list[str]:
-        """The words in turn. A busy machine may take so long to start a job again that it is silent meanwhile."""
+        """The words in turn. A busy machine may take so long to start a job again that it is silent meanwhile.
+
+        Raises: what kept it from looking.
+        """
+        if self._failure is not None:
+            raise self._failure
         return [word for word, _ in itertools.groupby(word for word, _ in self.told if word != "silent")]
 
     def said(self, word: str) -> list[str]:
@@ -38,28 +45,44 @@ class Watcher:
             dynmoe("watch", f"{self._run_dir}", "--every", "2"),
             cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        assert self._process.stdout is not None
-        match = re.search(r"http://\S+", line := self._process.stdout.readline())
-        assert match is not None, line
-        self._look(match[0])
-        self._thread = threading.Thread(target=self._look_until_over, args=(match[0],))
-        self._thread.start()
+        try:
+            assert self._process.stdout is not None
+            match = re.search(r"http://\S+", line := self._process.stdout.readline())
+            assert match is not None, line
+            self._look(match[0])
+            self._thread = threading.Thread(target=self._look_until_over, args=(match[0],), daemon=True)
+            self._thread.start()
+        except BaseException:
+            self._kill()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        self._thread.join()
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(PATIENCE_S)
+        try:
+            self._thread.join(_ANSWER_S)
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(30)
+        finally:
+            self._kill()
+        if self._failure is not None and self._failure is not error:
+            raise self._failure
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def _look_until_over(self, url: str) -> None:
-        while not self._is_over.wait(1):
-            self._look(url)
+        try:
+            while not self._is_over.wait(1):
+                self._look(url)
+        except Exception as error:  # raised again where somebody hears it
+            self._failure = error
 
     def _look(self, url: str) -> None:
-        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+        with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
             page = answer.read().decode()
         match = _STATE.search(page)
         assert match is not None, page[:4000]

@@ -5,6 +5,7 @@ tests/cluster/test_slurm.py has the real ones.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from dynmoe_ds.errors import LaunchError
 from dynmoe_ds.launching.slurm import render, submit
 from tests.launching.helpers import launch_of, runs_of
 
+PATIENCE_S = 60
 SCONTROL = """
 case "$1 $2 $3" in
   "show hostnames "*) printf 'n7\\nn8\\n' ;;
@@ -42,16 +44,33 @@ def start(folder: Path, script: str, srun: str, **variables: str) -> subprocess.
     own = {"PATH": f"{programs(folder, srun=srun, scontrol=SCONTROL)}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456"}
     own |= {"SLURM_JOB_NODELIST": "n[7-8]", **variables}
     return subprocess.Popen(
-        ["bash", "-c", script], cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        ["bash", "-c", script], cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        said, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"It does not end. It said: {kill(process)}")
     return process.returncode, said
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until what a script has started has made a file."""
+    last_s = time.monotonic() + PATIENCE_S
+    while not file.exists():
+        if process.poll() is not None or time.monotonic() > last_s:
+            pytest.fail(f"There is no {file}. The script said: {kill(process)}")
+        time.sleep(0.05)
+
+
+def kill(process: subprocess.Popen[str]) -> str:
+    """Kill a script and all that it has started; what they said."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
 
 
 def test_what_a_rank_is_started_with(tmp_path: Path) -> None:
@@ -107,8 +126,7 @@ def test_what_apptainer_runs_hears_the_signal_and_its_exit_code_comes_back(tmp_p
     launch = launch_of("slurm", environment=["NOTE=a b", f"HERE={there}"], gpus_per_node=1, **values)
     srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
     process = start(tmp_path, render(launch, runs_of(run_dir=run)), srun)
-    while not there.exists() and process.poll() is None:
-        time.sleep(0.05)
+    wait_for(there, process)
     process.send_signal(signal.SIGUSR1)
     code, said = end(process)
     here = os.getcwd()
@@ -143,9 +161,10 @@ def test_only_a_run_with_a_checkpoint_is_requeued(code: int, requeue: bool, is_r
         assert returned == code
 
 
-def test_a_run_of_a_sweep_is_requeued_without_the_others(tmp_path: Path) -> None:
-    """By its number in the array: that of the job is the whole array's for one of them."""
-    own = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "1"}
+@pytest.mark.parametrize("job", ["123456", "123457"])
+def test_a_run_of_a_sweep_is_requeued_without_the_others(job: str, tmp_path: Path) -> None:
+    """By its number in the array: that of the job is the whole array's for the last of them, for others it is not."""
+    own = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "1"}
     end(start(tmp_path, render(launch_of("slurm"), runs_of("seed=1,2")), "exit 85", **own))
     assert (tmp_path / "requeued").read_text() == "requeue 123456_1\n"
 
@@ -154,8 +173,7 @@ def test_the_signal_before_the_end_reaches_the_step(tmp_path: Path) -> None:
     """Which takes its time, while bash's `wait` returns early."""
     srun = "trap 'sleep 0.5; exit 85' USR1; touch here; for i in $(seq 300); do sleep 0.1; done"
     process = start(tmp_path, render(launch_of("slurm", requeue=False), runs_of()), srun)
-    while not (tmp_path / "here").exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / "here", process)
     process.send_signal(signal.SIGUSR1)
     assert end(process)[0] == 85
 
