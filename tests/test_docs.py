@@ -60,6 +60,8 @@ def test_the_demo_of_vision_and_language_has_its_peers_at_equal_steps(
     assert [words[0] for words in said] == ["stages", "train", "train", "evaluate", "report", "report"]
     for words in said:
         build_parser().parse_args(words)
+    assert {"stages=demo_projector,demo_language,demo_experts", "run_dir=runs/demo_vl"} < set(said[0])
+    assert said[-1] == ["report", "runs/demo_vl"], "with the stages and the peers in it"
     start = "runs/demo_vl/2_demo_language/model"
     for folder in (start, "data/digits"):
         (tmp_path / folder).mkdir(parents=True)
@@ -70,6 +72,7 @@ def test_the_demo_of_vision_and_language_has_its_peers_at_equal_steps(
     for peer in (top_2, dense):
         for section in ("training", "optim", "data", "seed"):
             assert getattr(peer, section) == getattr(dynamic, section), section
+        assert Path(peer.run_dir).parent == Path("runs/demo_vl")
         assert peer.adaptation is None and peer.stage.start == start and peer.stage.trained == dynamic.stage.trained
     assert (top_2.router.k, top_2.model.num_experts, top_2.model.moe_layers) == (2, 4, dynamic.model.moe_layers)
     assert (dense.router.k, dense.model.num_experts, dense.model.moe_layers) == (1, 1, dynamic.model.moe_layers)

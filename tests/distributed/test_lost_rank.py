@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
@@ -19,13 +21,22 @@ CLOSURE = "Application timeout caused pair closure"
     [
         (RuntimeError(CLOSED), "Another rank (10.88.0.2) has gone: its connection was closed."),
         (RuntimeError(TIMED_OUT), "Another rank did not take part within 5 s: it hangs, or its host does not answer."),
-        (RuntimeError(CLOSURE), "Another rank has gone or hangs: it cannot be reached."),
+        (RuntimeError(CLOSURE), "Another rank did not take part in time: it hangs, or its host does not answer."),
+        (dist.DistBackendError("NCCL error"), "Another rank has gone or hangs: it cannot be reached."),
         (dist.DistBackendError(WATCHDOG), "Another rank did not take part within 600 s: it hangs,"),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), "Another rank has gone: its connection was closed."),
     ],
 )
 def test_what_is_said(error: Exception, said: str) -> None:
     assert f"{describe_lost_rank(error)}".startswith(said)
+
+
+def test_an_operation_beside_the_one_that_timed_out_tells_how_long_ranks_wait() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
+    try:
+        assert f"{describe_lost_rank(RuntimeError(CLOSURE))}".startswith("Another rank did not take part within 7 s:")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_first_error_of_a_chain_says_most() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from tests.launcher.test_demo import lines, run
 from tests.telemetry.test_comparison import rows
 from tests.telemetry.test_report import Page
 
-# Without the projector's stage: that stages follow one another shows in two, and a start of the launcher is what costs.
-STAGES = ("demo_language", "demo_experts")
+STEPS = {"demo_projector": 2, "demo_language": 6, "demo_experts": 6}
 SHORTER = [
-    *SIZES, f"stages={','.join(STAGES)}", "training.steps=6", "training.eval_every_steps=3",
-    "training.micro_batch_size=4", "training.log_every_steps=1", "adaptation.every_steps=2",
-    "adaptation.window_steps=1",
+    *SIZES, f"stages={','.join(STEPS)}", *(f"{stage}:training.steps={steps}" for stage, steps in STEPS.items()),
+    "training.eval_every_steps=3", "training.micro_batch_size=4", "training.log_every_steps=1",
+    "adaptation.every_steps=2", "adaptation.window_steps=1",
 ]  # fmt: skip
 IMAGELESS = ("image", "text")  # what is asked in text alone has no picture
 LAYERS = ("model.language_model.layers.0.mlp", "model.language_model.layers.2.mlp")
@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def evaluated(demo: tuple[Path, str]) -> tuple[Path, str]:
     """The folder of the stage with experts after `dynmoe evaluate` and `dynmoe report`, and what evaluation printed."""
-    folder, said = demo[0] / "2_demo_experts", io.StringIO()
+    folder, said = demo[0] / "3_demo_experts", io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main(["evaluate", f"{folder}", "--answers", f"{folder / 'answers.png'}"]) == 0
     with contextlib.redirect_stdout(io.StringIO()):
@@ -59,18 +59,20 @@ def last(folder: Path) -> dict[str, Any]:
 @pytest.mark.launcher
 def test_every_stage_trains_on_two_ranks_from_the_last_ones_model(demo: tuple[Path, str]) -> None:
     folder, said = demo
-    for number, stage in enumerate(STAGES, 1):
+    for number, (stage, steps) in enumerate(STEPS.items(), 1):
         run_dir = folder / f"{number}_{stage}"
-        assert f"dynmoe: stage {number} of 2: {stage}\n" in said and f"starting 2 ranks; run folder {run_dir}" in said
-        assert last(run_dir)["step"] == 6 and (run_dir / "model" / "model.safetensors").is_file()
+        assert f"dynmoe: stage {number} of 3: {stage}\n" in said and f"starting 2 ranks; run folder {run_dir}" in said
+        assert last(run_dir)["step"] == steps and (run_dir / "model" / "model.safetensors").is_file()
         assert "num_ranks: 2" in (run_dir / "config.yaml").read_text()
-    assert f"start: {folder}/1_demo_language/model\n" in (folder / "2_demo_experts" / "config.yaml").read_text()
+    names = [f"{number}_{stage}" for number, stage in enumerate(STEPS, 1)]
+    for before, name in pairwise(names):
+        assert f"start: {folder}/{before}/model\n" in (folder / name / "config.yaml").read_text()
     assert "Training experts: " in said
 
 
 @pytest.mark.launcher
 def test_experts_grow_and_every_kind_is_told_apart(demo: tuple[Path, str]) -> None:
-    folder = demo[0] / "2_demo_experts"
+    folder = demo[0] / "3_demo_experts"
     found = last(folder)
     by_kind = [found[f"eval/exact_match/{kind}"] for kind in KINDS]
     assert found["eval/exact_match"] == pytest.approx(sum(by_kind) / len(KINDS)), "two questions of each"
@@ -123,8 +125,8 @@ def test_the_reports_show_answers_kinds_and_live_experts(demo: tuple[Path, str],
     both = (demo[0] / "report.html").read_text()
     found = rows(both)
     assert ["answered exactly", "all", *sorted(KINDS)] in found
-    for number, stage in enumerate(STAGES, 1):
+    for number, stage in enumerate(STEPS, 1):
         values = last(demo[0] / f"{number}_{stage}")
         shares = [f"{values[f'eval/exact_match{kind}']:.1%}" for kind in ("", *(f"/{kind}" for kind in sorted(KINDS)))]
         assert [f"{number}_{stage}", *shares] in found
-    assert "2_demo_experts: questions and answers" in Page(both).words
+    assert "3_demo_experts: questions and answers" in Page(both).words
