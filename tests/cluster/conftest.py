@@ -17,12 +17,17 @@ from tests.helpers.asked_for import exit_where_asked_for
 from tests.helpers.command import ROOT, dynmoe, environment
 from tests.helpers.run_lines import last_step, what_was_written
 
-__all__ = ["PATIENCE_S", "ROOT", "RUN", "dynmoe", "environment", "last_step", "what_was_written"]
+__all__ = ["DEMO", "PATIENCE_S", "ROOT", "RUN", "dynmoe", "environment", "last_step", "what_was_written"]
 
-# Experts are born, change ranks and are pruned, and every step is logged.
-RUN = (
-    "experiment=smoke", "parallel.process_group_timeout_s=120", "training.steps=60", "training.log_every_steps=1",
+_COMMON = (
+    "parallel.process_group_timeout_s=120", "training.steps=60", "training.log_every_steps=1",
     "training.eval_every_steps=20", "training.sample_tokens=0", "checkpoint.every_steps=10", "telemetry=disabled",
+)  # fmt: skip
+# Experts are born, change ranks and are pruned, and every step is logged.
+RUN = ("experiment=smoke", *_COMMON)
+DEMO = (
+    "experiment=demo", *_COMMON, "training.eval_sequences=16", "training.micro_batch_size=4", "optim.warmup_steps=10",
+    "adaptation.every_steps=10", "adaptation.window_steps=5",
 )  # fmt: skip
 # Limits of what takes a minute on a machine that is free: a busy one is no failure, but where a limit itself is tested.
 PATIENCE_S = 900
@@ -42,12 +47,23 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same run by `dynmoe train`, on this machine and left alone."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = dynmoe("train", *RUN, f"run_dir={folder}")
+    """The folder of RUN by `dynmoe train`, on this machine and left alone."""
+    return left_alone(tmp_path_factory.mktemp("undisturbed") / "run", *RUN)
+
+
+def left_alone(folder: Path, *overrides: str) -> Path:
+    """The run folder of `dynmoe train` on this machine."""
+    command = dynmoe("train", *overrides, f"run_dir={folder}")
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+def assert_shared_experts(folder: Path) -> None:
+    """That two ranks computed for each other."""
+    written = what_was_written(folder)
+    assert written["metrics"][-1]["moe/sent_row_bytes_per_token"] > 0
+    assert {len(layer["rows_per_rank"]) for layer in written["experts"][-1]["layers"].values()} == {2}
 
 
 @pytest.fixture(scope="session")

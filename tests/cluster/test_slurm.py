@@ -12,7 +12,18 @@ import pytest
 import yaml
 
 from dynmoe_ds.telemetry.run_state import read_state
-from tests.cluster.conftest import PATIENCE_S, ROOT, RUN, dynmoe, environment, last_step, what_was_written
+from tests.cluster.conftest import (
+    DEMO,
+    PATIENCE_S,
+    ROOT,
+    RUN,
+    assert_shared_experts,
+    dynmoe,
+    environment,
+    last_step,
+    left_alone,
+    what_was_written,
+)
 from tests.cluster.virtual_slurm import VirtualSlurm
 from tests.cluster.watching import Watcher
 
@@ -75,6 +86,19 @@ def test_a_preempted_job_goes_on_with_its_own_code_and_ends_like_a_run_left_alon
     assert f"Stopped after optimiser step {stopped}, as asked." in said and "edited" not in said
     assert f"Going on from {folder}/checkpoints/step-{stopped:08}." in said, "one log, not written anew"
     assert what_was_written(folder) == what_was_written(undisturbed)
+    assert_shared_experts(folder)
+
+
+def test_the_demo_that_was_preempted_has_the_same_losses(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = job_number(launch(slurm, *DEMO, f"run_dir={folder}"))
+    slurm.wait_for(lambda: last_step(folder) >= 3, PATIENCE_S)
+    slurm.call("scancel", "--signal=USR1", "--batch", job)
+    slurm.wait_for_restart(job)
+    assert 3 <= stopped_at(folder) < 60
+    assert slurm.wait_for_end(job) == "COMPLETED", (folder / "launch" / f"job-{job}.log").read_text()[-4000:]
+    assert what_was_written(folder) == what_was_written(left_alone(tmp_path / "undisturbed", *DEMO))
+    assert_shared_experts(folder)
 
 
 def test_the_demo_stops_before_its_time_is_over_and_goes_on_by_itself(slurm: VirtualSlurm, tmp_path: Path) -> None:
