@@ -35,7 +35,7 @@ from dynmoe_ds.training.writer import Prompt, Writer
 def train_both(rank: int, world_size: int, digits: str, folder: str) -> None:
     """A vision-language model that gets a part of its answers right, and a small decoder of text."""
     everything = "stage.trained=[vision_tower,projector,language_model]"
-    overrides = ["training.steps=60", "training.micro_batch_size=16", "training.eval_every_steps=60", "optim.lr=5e-3"]
+    overrides = ["training.steps=120", "training.micro_batch_size=16", "training.eval_every_steps=120", "optim.lr=2e-3"]
     overrides.append(f"data.held_out_path={digits}/learnt.json")
     Trainer(tiny_run(Path(digits), Path(folder) / "vl", "experts", everything, *overrides)).run()
     small = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.dense_ffn_hidden_size=32"]
