@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -23,7 +25,7 @@ from transformers import (
 import dynmoe_ds as dm
 from dynmoe_ds.errors import ConfigError, DivergenceError
 from dynmoe_ds.moe import watch_padding
-from tests.helpers.models import deepspeed_config
+from tests.helpers.models import deepspeed_config, gathered
 from tests.helpers.reference import assert_near
 from tests.helpers.spawn import run_ranks
 
@@ -201,33 +203,104 @@ GROWING = {
 }
 
 
-def growing(rank: int, world_size: int) -> dict[str, tuple[list[tuple[int, ...]], bool, list[float]]]:
-    """By model: a layer's ids at every step, between which all experts split, whether all have weights, and losses."""
-    found = {}
+NUM_STEPS = 4
+LAYOUTS = {"EP 2": (2, 2), "EP 2 x EDP 2": (4, 2)}
+
+
+def row(step: int, index: int) -> dict[str, Tensor]:
+    """One of a step's four sequences [1, 9], two of them padded on the left.
+
+    Each is alone in its micro step, so that nothing depends on how many ranks share them out: neither the mean of a
+    batch, nor the load-balance loss, which is one of a rank's own tokens.
+    """
+    ids = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(10 * step + index))
+    mask = torch.ones_like(ids)
+    mask[0, : (0, 2, 5, 0)[index]] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each of `GROWING`, as transformers writes it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     for name, build in GROWING.items():
-        model = dm.import_top_k_model(build(), num_slots=6)
-        layer = layers_of(model)[0]
-        ids_by_step, losses = [], []
+        build().save_pretrained(folder / name)
+    return folder
+
+
+def growing(rank: int, world_size: int, folder: str, ep_size: int) -> dict[str, Any]:
+    """By model, loaded from its folder: what there is to compare of steps after the second of which all experts split.
+
+    Plain SGD without decay or momentum, so that only what has a gradient moves.
+    """
+    found = {}
+    for name in GROWING:
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", local_files_only=True)
+        dm.import_top_k_model(model, num_slots=6, ep_size=ep_size)
+        num_micro = 4 // world_size
+        config = deepspeed_config(2, kind="SGD", lr=0.1, accumulate=num_micro)
         adaptation = dm.AdaptationConfig(every_steps=2, window_steps=1, rule="split_all", last_growth_step=2)
-        engine = dm.initialize(model=model, config=deepspeed_config(0, lr=1e-3), adaptation=adaptation)
+        engine = dm.initialize(model=model, config=config, adaptation=adaptation)
         engine.train()
-        ids, mask = batch()
-        for _ in range(3):
-            ids_by_step.append(layer.placement.live_ids)
-            loss = engine(input_ids=ids, attention_mask=mask, labels=ids).loss
-            losses.append(loss.item())
-            engine.backward(loss)
-            engine.step()
-        found[name] = (ids_by_step, bool(layer.experts.w1[layer.active].flatten(1).any(1).all()), losses)
+        losses, pools, weights = [], [], []
+        for step in range(NUM_STEPS):
+            pools.append({path: placement.live_ids for path, placement in engine.placements().items()})
+            weights.append(gathered(engine))
+            total = torch.zeros(())
+            for micro in range(num_micro):
+                loss = engine(**row(step, micro * world_size + rank)).loss
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach()
+            dist.all_reduce(total)
+            losses.append(total.item() / 4)
+        changes = [event.to_dict()["layers"] for event in engine.take_events()]
+        born = [(path, new["expert_id"], new["parent_id"])
+                for layers in changes for path, change in layers.items() for new in change["grown"]]  # fmt: skip
+        found[name] = {"losses": losses, "pools": pools, "born": born, "weights": [*weights, gathered(engine)]}
     return found
 
 
-def test_imported_models_grow() -> None:
-    for name, (ids, are_whole, losses) in run_ranks(growing, 1)[0].items():
-        first, second, grown = ids
-        assert first == second == (0, 1, 2), name
-        assert len(grown) == 6 and set(first) < set(grown), name
-        assert are_whole and all(0 < loss < 10 for loss in losses), name
+@pytest.fixture(scope="module")
+def grown_on_one_rank(checkpoints: Path) -> dict[str, Any]:
+    return run_ranks(growing, 1, f"{checkpoints}", 1)[0]
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_saved_checkpoint_grows(name: str, checkpoints: Path, grown_on_one_rank: dict[str, Any]) -> None:
+    original = AutoModelForCausalLM.from_pretrained(checkpoints / name, local_files_only=True)
+    with torch.no_grad():
+        want = sum(original(**row(0, index)).loss.item() for index in range(4)) / 4
+    found = grown_on_one_rank[name]
+    assert found["losses"][0] == pytest.approx(want, rel=1e-5)
+    assert all(0 < loss < 10 for loss in found["losses"])
+    for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        assert [pool[path] for pool in found["pools"]] == [(0, 1, 2)] * 2 + [(0, 1, 2, 3, 4, 5)] * 2
+        before, born, stepped = found["weights"][1:4]
+        new = {id_: parent for where, id_, parent in found["born"] if where == path}
+        assert sorted(new) == [3, 4, 5] and sorted(new.values()) == [0, 1, 2]
+        for id_ in new:
+            parts = [f"{path}.{part}[{id_}]" for part in ("router.weight", "experts.w1", "experts.w2", "experts.w3")]
+            for part in parts:
+                assert part not in before and born[part].any()
+                assert not torch.equal(stepped[part], born[part]), f"{part} has no gradient in its first step"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_checkpoints_grow_on_ranks_as_on_one(
+    layout: str, checkpoints: Path, grown_on_one_rank: dict[str, Any]
+) -> None:
+    world_size, ep_size = LAYOUTS[layout]
+    ranks = run_ranks(growing, world_size, f"{checkpoints}", ep_size, timeout_s=120)
+    for name, want in grown_on_one_rank.items():
+        for found in (rank[name] for rank in ranks):
+            assert found["born"] == want["born"] and found["pools"] == want["pools"], name
+            assert found["losses"] == pytest.approx(want["losses"], abs=2e-5), name
+            for step, (weights, of_one) in enumerate(zip(found["weights"], want["weights"], strict=True)):
+                assert weights.keys() == of_one.keys(), (name, step)
+                for part, weight in of_one.items():
+                    error = (weights[part] - weight).abs().max().item()
+                    assert error <= 2e-5, (name, step, part, error)
 
 
 def on_two_ranks(rank: int, world_size: int) -> tuple[float, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -308,10 +309,17 @@ def test_every_score_has_its_own_cost_beside_it(
     check_cost(found["choice"]["cost"], plain, plain.rows_of_choices())
     check_cost(found["writing"]["cost"], plain, plain.rows_of_writing())
     assert main(["evaluate", f"{run}", "--tasks", "choice,writing", "--task-folder", f"{tasks}"]) == 0
-    head, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    head, *lines = (re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines())
     assert head[:4] == ["task", "examples", "metric", "score"] and len(lines) == 3
-    mean_k = f"{found['writing']['cost']['mean_k']:.3f}"
-    assert lines[2][:4] == ["writing", "4", "exact_match", "0.7500"] and lines[2][5] == mean_k
+    assert lines[2][:4] == ["writing", "4", "exact_match", "0.7500"]
+    assert head[5:] == ["mean k", "active parameters", "FLOPs per token"]
+    for line in lines:
+        cost = found[line[0]]["cost"]
+        mean_k, *counts = line[5:]
+        assert mean_k == f"{cost['mean_k']:.3f}"
+        want = [round(cost[name]) for name in ("active_parameters", "forward_flops_per_token")]
+        assert [int(count.replace(",", "")) for count in counts] == want
+    assert all(a != b for a, b in zip(lines[0][5:], lines[2][5:], strict=True)), "each task has its own"
 
 
 @pytest.mark.usefixtures("own_tasks_alone")

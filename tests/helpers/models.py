@@ -114,7 +114,9 @@ def gathered(engine: Any) -> dict[str, Tensor]:
         rows = getattr(param, "ds_shape", param.shape)[0]
         value = engine.masters.read(param, 0, rows)["weight"]
         owner = next((n for n in layers if name.startswith(n + ".")), None)
-        if owner is None or name.removeprefix(f"{owner}.router.") in layers[owner].router.shared_parameters:
+        part = name.removeprefix(f"{owner}.")
+        whole = () if owner is None else layers[owner].router.shared_parameters
+        if owner is None or part.startswith("shared.") or part.removeprefix("router.") in whole:
             out[name] = value
             continue
         layer = layers[owner]

@@ -112,6 +112,21 @@ def test_forward_passes_and_layers_add_up():
     assert_near(both.aux_loss(), first.aux_loss() + second.aux_loss())
 
 
+def test_auxiliary_losses_of_layers_are_summed():
+    """And not averaged: a weight in the configuration is per layer, however many there are."""
+    a, b = make(), make("top_k")
+    b.name = "b"
+    with dm.StepLedger() as of_a:
+        hidden = a(tokens())
+    with dm.StepLedger() as of_b:
+        b(hidden)
+    with dm.StepLedger() as whole:
+        nn.Sequential(a, b)(tokens())
+    parts = [ledger.aux_loss().item() for ledger in (of_a, of_b)]
+    assert min(parts) > 0 and parts[0] != pytest.approx(parts[1], rel=0.01)
+    assert whole.aux_loss().item() == pytest.approx(sum(parts), rel=1e-6)
+
+
 def test_inner_ledger_hides_the_outer_one():
     layer = make()
     with dm.StepLedger() as outer:

@@ -441,7 +441,10 @@ def test_all_layouts_start_from_the_same_model():
 
 
 # One expert with softmax weights has weight 1 and no gradient through it: exactly the dense FFN, in training too.
-ONE_EXPERT = dm.TopAnyConfig(weighting="softmax", training_fallback="top_1", diversity_weight=0, simplicity_weight=0)
+ONE_EXPERT = {
+    "top_any": dm.TopAnyConfig(weighting="softmax", training_fallback="top_1", diversity_weight=0, simplicity_weight=0),
+    "top_k": dm.TopKConfig(k=1),  # the dense peer of the demo
+}
 BATCHES = 3
 TRAINED = ("bert", "vit")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -456,12 +459,12 @@ def _losses(model: nn.Module, train_step: Callable[[dict[str, Tensor]], Tensor])
     return [train_step(_labelled(model, step)).item() for step in range(BATCHES)]
 
 
-def _trained(rank: int, world_size: int) -> dict[tuple[str, int], list[float]]:
+def _trained(rank: int, world_size: int) -> dict[tuple[str, str, int], list[float]]:
     """Losses of the upcycled models under the engine."""
     losses = {}
-    for name, stage in product(TRAINED, (0, 2)):
+    for name, router, stage in product(TRAINED, ONE_EXPERT, (0, 2)):
         model = make(name, **NO_DROPOUT).train()
-        dm.upcycle(model, layers="all", num_experts=1, num_slots=2, router=ONE_EXPERT, seed=0)
+        dm.upcycle(model, layers="all", num_experts=1, num_slots=2, router=ONE_EXPERT[router], seed=0)
         engine = dm.initialize(model=model, config=deepspeed_config(stage, kind="SGD", lr=0.05))
 
         def train_step(batch: dict[str, Tensor], engine: Any = engine) -> Tensor:
@@ -470,7 +473,7 @@ def _trained(rank: int, world_size: int) -> dict[tuple[str, int], list[float]]:
             engine.step()
             return loss.detach()
 
-        losses[name, stage] = _losses(engine.module, train_step)
+        losses[name, router, stage] = _losses(engine.module, train_step)
     return losses
 
 
@@ -490,5 +493,5 @@ def test_a_model_of_one_expert_trains_like_the_dense_model():
 
         want = _losses(model, train_step)
         assert abs(want[1] - untrained) > 1e-3, "a step must show in the next loss"
-        for stage in (0, 2):
-            assert got[name, stage] == pytest.approx(want, rel=1e-5), (name, stage)
+        for router, stage in product(ONE_EXPERT, (0, 2)):
+            assert got[name, router, stage] == pytest.approx(want, rel=1e-5), (name, router, stage)

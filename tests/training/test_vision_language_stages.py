@@ -11,22 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests.helpers.no_report import draw_no_report
 from tests.helpers.run_config import small_run
 from tests.helpers.spawn import allow_workers, run_ranks
 from tests.helpers.vision_language import add_second_images, tiny_run, write_digits
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import dynmoe_ds as dm
-from dynmoe_ds.data import ImageInput
-from dynmoe_ds.data.chat import IGNORED
+from dynmoe_ds.data import ImageInput, read_picture
+from dynmoe_ds.data.chat import IGNORED, encode_prompt
 from dynmoe_ds.errors import CheckpointError, ConfigError, DataError
 from dynmoe_ds.models import build_decoder, build_vision_language, vision_language
+from dynmoe_ds.models.random_weights import seeded_weights
 from dynmoe_ds.moe import MoELayer
 from dynmoe_ds.training import Trainer
 from dynmoe_ds.training.saved_run import SavedRun
 from dynmoe_ds.training.tasks import VisionLanguage
+from dynmoe_ds.training.writer import Prompt, Writer
 
 _OF_RANKS = ("moe/rank_imbalance", "moe/sent_row_bytes", "moe/least_row_bytes", "moe/sent_metadata_bytes")
 TEXT_MODEL, PROJECTOR = "model.language_model.", "multi_modal_projector"
@@ -219,6 +229,71 @@ def images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run_on_a_rank(rank: int, world_size: int, digits: str, run_dir: str, stage: str, overrides: list[str]) -> None:
     Trainer(tiny_run(Path(digits), Path(run_dir), stage, *overrides)).run()
+
+
+def train_with_siglip(rank: int, world_size: int, digits: str, folder: str) -> list[str]:
+    """Four steps of all parts and of experts on a SigLIP tower; the names of what a rank's optimiser holds."""
+    draw_no_report()
+    config = tiny_run(
+        Path(digits), Path(folder) / "run", "experts", *STAGES["experts"], *STAGES["language"],
+        f"model.vision_pretrained={folder}/siglip", "model.vision_sizes=null", "optim.lr=1e-2",
+        f"parallel.num_ranks={world_size}", f"parallel.ep_size={world_size}", "parallel.zero_stage=2",
+        "training.micro_batch_size=2", "training.log_every_steps=1",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    trainer.run()
+    return [name for name, param in trainer.engine.module.named_parameters() if param.requires_grad]
+
+
+def test_a_run_on_a_siglip_tower_is_trained_evaluated_and_asked(digits: Path, tmp_path: Path) -> None:
+    """Unlike CLIP it has no token of its own before the patches, another norm for images, and a head that is unused."""
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with seeded_weights(0):
+        tower = SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=32))
+    tower.save_pretrained(tmp_path / "siglip")
+    for trained in run_ranks(train_with_siglip, 2, f"{digits}", f"{tmp_path}", timeout_s=200):
+        assert {part_of(name) for name in trained} >= {"vision_tower", PROJECTOR, "language_model", "experts"}
+    run = SavedRun(tmp_path / "run")
+    model: Any = run.model
+    assert type(model.model.vision_tower) is SiglipVisionModel
+    was, is_now = weights(tower), weights(model.model.vision_tower)
+    changed = {name for name, weight in is_now.items() if not torch.equal(weight, was[name])}
+    is_unused = ("encoder.layers.1.", "post_layernorm.", "head.")
+    assert changed and not {name for name in changed if name.startswith(is_unused)}
+    # Attention does not depend on the keys' biases: their gradients are rounding noise.
+    used = {name for name in was if not name.startswith(is_unused) and not name.endswith("k_proj.bias")}
+    assert used <= changed, used - changed
+    told = metrics(run.folder)[-1]
+    found = {metric.name: metric.value for metric in run.evaluate()}
+    for name in ("eval/loss", "eval/exact_match", "eval/mean_k"):
+        assert found[name] == pytest.approx(told[name], rel=1e-4), name
+
+    # Asked with a loop that has no cache, by the image that SigLIP's own processor makes.
+    writer = Writer(run)
+    file, other = sorted((digits / "images").glob("which-*.png"))[:2]  # which are square
+    assert writer.form is not None and writer.form.image.mean == writer.form.image.std == (0.5, 0.5, 0.5)
+    own = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    pixels = own(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(read_picture(file, writer.form.image)[None], pixels)
+    question = "<image>\nWhich digit is this?"
+    (answer,) = writer.write([Prompt(text=question, images=(file,))], max_new_tokens=4)
+    ids = torch.tensor([encode_prompt(question, writer.tokenizer, writer.form.template,
+                                      image_token_id=writer.form.image_token_id, tokens_per_image=16)])  # fmt: skip
+    processor: Any = writer.processor()
+    rendered = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    exported = processor(text=rendered, images=[Image.open(file)], return_tensors="pt")
+    assert torch.equal(exported["input_ids"], ids)
+    torch.testing.assert_close(exported["pixel_values"], pixels)
+    seen = []
+    start = ids.shape[1]
+    with torch.no_grad():
+        while ids.shape[1] < start + 4 and ids[0, -1] != writer.tokenizer.eos_token_id:
+            logits = model(input_ids=ids, pixel_values=pixels).logits[:, -1:]
+            seen.append(logits)
+            ids = torch.cat([ids, logits.argmax(-1)], 1)
+        elsewhere = read_picture(other, writer.form.image)[None]
+        assert not torch.allclose(model(input_ids=ids[:, :start], pixel_values=elsewhere).logits[:, -1:], seen[0])
+    assert answer == writer.tokenizer.decode(ids[0, start:], skip_special_tokens=True) != ""
 
 
 def test_the_run_folder_says_how_images_become_input(digits: Path, alone: Path) -> None:
