@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dynmoe_ds.cli.doctor import Finding
+from dynmoe_ds.cli.doctor_of_pretrained import pretrained_findings, tokenizer_finding
 from dynmoe_ds.cli.stage_overrides import (
     DEFAULT_STAGES,
     NAMES,
@@ -18,13 +18,10 @@ from dynmoe_ds.cli.stage_overrides import (
     value_of,
 )
 from dynmoe_ds.config.load import load_config
-from dynmoe_ds.config.schema import DataConfig, LlavaDataConfig
+from dynmoe_ds.config.schema import DataConfig, GlueDataConfig, LlavaDataConfig
 from dynmoe_ds.config.validate import NO_STAGE, find_faults
 from dynmoe_ds.errors import ConfigError, DynMoEError
 from dynmoe_ds.telemetry.run_state import finished_steps
-
-# What transformers looks for, in this order; each may be in parts that an index beside it names.
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def run_findings(overrides: Sequence[str]) -> Iterator[Finding]:
@@ -88,10 +85,7 @@ def _of_one_run(overrides: Sequence[str]) -> Iterator[Finding]:
         return
     yield Finding(state="ok", subject="configuration", text=f"without a fault; run folder {config.run_dir}")
     yield _devices(config.parallel.num_ranks)
-    for field in fields(config.model):
-        folder = getattr(config.model, field.name)
-        if field.name.endswith("pretrained") and folder is not None:
-            yield _pretrained(f"model.{field.name}", Path(folder))
+    yield from pretrained_findings(config)
     # A fault of a file begins with its key.
     of_files = {fault.split()[0]: fault for fault in find_faults(config)}
     yield from (Finding(state="missing", subject=key, text=fault) for key, fault in of_files.items())
@@ -117,56 +111,22 @@ def _devices(num_ranks: int) -> Finding:
     return Finding(state="ok", subject="ranks", text=f"{num_ranks} can be started here")
 
 
-def _pretrained(key: str, folder: Path) -> Finding:
-    if not folder.is_dir():
-        text = f"{folder} is not a folder here ({Path.cwd()}); download the model and name its folder"
-        return Finding(state="missing", subject=key, text=text)
-    lacking = [] if (folder / "config.json").exists() else ["config.json"]
-    lacking += _lacking_weights(folder)
-    if lacking:
-        text = f"{folder} has no {' and no '.join(lacking)}; download the whole model"
-        return Finding(state="missing", subject=key, text=text)
-    return Finding(state="ok", subject=key, text=f"{folder} has a configuration and weights")
-
-
-def _lacking_weights(folder: Path) -> list[str]:
-    """Files of weights that are not there; none if the weights are whole, in one file or in parts."""
-    lacking: list[str] = []
-    for name in _WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).exists():
-            return []
-        if index.exists():
-            try:
-                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                lacking.append(f"{index.name} that can be read")
-                continue
-            absent = [part for part in parts if not (folder / part).exists()]
-            if not absent:
-                return []
-            lacking += absent
-    return lacking or [f"weights ({' or '.join(_WEIGHTS)})"]
-
-
 def _data(data: DataConfig) -> Iterator[Finding]:
     """Whether paths exist; of LLaVA's JSON how many samples are whole, but for their length, which the run looks at."""
-    if not isinstance(data, LlavaDataConfig):
-        for key in ("path", "tokenizer"):
-            if (path := getattr(data, key, None)) is not None:
-                is_there = Path(path).exists()
-                text = f"{path} is there" if is_there else f"{path} is not there (seen from {Path.cwd()})"
-                yield Finding(state="ok" if is_there else "missing", subject=f"data.{key}", text=text)
+    if isinstance(data, LlavaDataConfig):
+        yield _conversations(data, "path")
+        yield _conversations(data, "held_out_path")
+        yield tokenizer_finding(data)
         return
-    yield _conversations(data, "path")
-    yield _conversations(data, "held_out_path")
-    from dynmoe_ds.data.pretrained_tokenizer import load_pretrained_tokenizer
-
-    try:
-        tokenizer = load_pretrained_tokenizer(data.tokenizer, needs_padding=False)
-        yield Finding(state="ok", subject="data.tokenizer", text=f"{len(tokenizer)} tokens")
-    except DynMoEError as error:
-        yield Finding(state="missing", subject="data.tokenizer", text=str(error))
+    for key in ("path", "tokenizer"):
+        if (path := getattr(data, key, None)) is None:
+            continue
+        is_there = Path(path).exists()
+        if is_there and key == "tokenizer" and isinstance(data, GlueDataConfig):
+            yield tokenizer_finding(data)
+            continue
+        text = f"{path} is there" if is_there else f"{path} is not there (seen from {Path.cwd()})"
+        yield Finding(state="ok" if is_there else "missing", subject=f"data.{key}", text=text)
 
 
 def _conversations(data: LlavaDataConfig, key: str) -> Finding:

@@ -25,7 +25,7 @@ def pretrained_config(key: str, folder: str | None, model_types: Collection[str]
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever the first wrong value leads to
         raise ConfigError(f"{key} is {folder!r}, whose configuration cannot be read: {error}") from error
     if model_types is not None and config.model_type not in model_types:
         raise ConfigError(

@@ -68,6 +68,41 @@ def llava_backbone(model: LlavaModelConfig, vocabulary: Vocabulary, *, image_siz
     return attempt_together(lambda: _backbone(model, vocabulary, image_size, max_length))
 
 
+def pretrained_tower(folder: str, image_size: int) -> CLIPVisionConfig | SiglipVisionConfig:
+    """The configuration of the vision tower in `folder`, or of that of the whole CLIP or SigLIP there.
+
+    Raises: ConfigError for a folder that cannot be read, holds another model, or is for images of another size.
+    """
+    found = pretrained_config(VISION, folder, [*_TOWERS, *_PAIRS])
+    vision = found.vision_config if found.model_type in _PAIRS else found
+    assert isinstance(vision, CLIPVisionConfig | SiglipVisionConfig), type(vision)
+    if vision.image_size != image_size:
+        raise ConfigError(
+            f"data.image_size is {image_size} but the tower in {folder} is for images of {vision.image_size}. Use "
+            f"data.image_size={vision.image_size}."
+        )
+    return vision
+
+
+def pretrained_decoder(folder: str, max_length: int) -> PreTrainedConfig:
+    """The configuration of the decoder in `folder`.
+
+    Raises: ConfigError for a folder that cannot be read, holds another kind of model, or takes shorter texts only.
+    """
+    found = pretrained_config(TEXT, folder)
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{TEXT} is {folder!r}, which holds a model of type {found.model_type} where a decoder that writes text is "
+            "needed."
+        )
+    if (longest := getattr(found, "max_position_embeddings", max_length)) < max_length:
+        raise ConfigError(
+            f"data.sequence_length is {max_length} but the model in {folder} takes at most {longest} tokens. Use "
+            f"{longest} or fewer."
+        )
+    return found
+
+
 def tokens_per_image(config: LlavaConfig) -> int:
     """The features of one image, which take the places of as many tokens: a CLIP tower's first one is left out."""
     vision = config.vision_config
@@ -238,15 +273,8 @@ def _vision(model: LlavaModelConfig, image_size: int) -> PreTrainedConfig:
             num_attention_heads=sizes.num_heads,
             intermediate_size=sizes.ffn_hidden_size,
         )
-    found = pretrained_config(VISION, model.vision_pretrained, [*_TOWERS, *_PAIRS])
-    vision = found.vision_config if found.model_type in _PAIRS else found
-    assert isinstance(vision, CLIPVisionConfig | SiglipVisionConfig), type(vision)
-    if vision.image_size != image_size:
-        raise ConfigError(
-            f"data.image_size is {image_size} but the tower in {model.vision_pretrained} is for images of "
-            f"{vision.image_size}. Use data.image_size={vision.image_size}."
-        )
-    return vision
+    assert model.vision_pretrained is not None, "checked with the configuration"
+    return pretrained_tower(model.vision_pretrained, image_size)
 
 
 def _text(model: LlavaModelConfig, vocabulary: Vocabulary, max_length: int) -> PreTrainedConfig:
@@ -262,18 +290,8 @@ def _text(model: LlavaModelConfig, vocabulary: Vocabulary, max_length: int) -> P
             eos_token_id=vocabulary.end_token_id,
             pad_token_id=vocabulary.pad_token_id,
         )
-    found = pretrained_config(TEXT, model.text_pretrained)
-    if type(found) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(
-            f"{TEXT} is {model.text_pretrained!r}, which holds a model of type {found.model_type} where a decoder that "
-            "writes text is needed."
-        )
-    if (longest := getattr(found, "max_position_embeddings", max_length)) < max_length:
-        raise ConfigError(
-            f"data.sequence_length is {max_length} but the model in {model.text_pretrained} takes at most {longest} "
-            f"tokens. Use {longest} or fewer."
-        )
-    return found
+    assert model.text_pretrained is not None, "checked with the configuration"
+    return pretrained_decoder(model.text_pretrained, max_length)
 
 
 def _take_text_model(model: LlavaForConditionalGeneration, folder: str) -> None:

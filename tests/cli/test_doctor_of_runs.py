@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests.helpers.glue import write_tokenizer
 from tests.helpers.recipe_parts import recipe_overrides, write_recipe_parts
 from tests.helpers.vision_language import DATA, write_digits
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from dynmoe_ds.cli.doctor_of_runs import run_findings
 from dynmoe_ds.cli.main import main
+from dynmoe_ds.config.load import load_config
+from dynmoe_ds.errors import DynMoEError
+from dynmoe_ds.models.random_weights import seeded_weights
+from dynmoe_ds.training.tasks.vision_language import VisionLanguage
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +41,11 @@ def test_a_run_that_has_everything(digits: Path) -> None:
     assert found["ranks"][1] == "2 can be started here"
 
 
-def test_pretrained_folders_are_looked_into(digits: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    (whole / "config.json").write_text("{}")
-    (whole / "model.safetensors").write_bytes(b"")
-    empty = tmp_path / "empty"
+def test_pretrained_folders_are_looked_into(digits: Path, parts: Path, tmp_path: Path) -> None:
+    whole, empty = parts / "clip", tmp_path / "empty"
     empty.mkdir()
     models = [f"model.vision_pretrained={whole}", "model.vision_sizes=null", "model.text_sizes=null"]
+    models += ["data.image_size=336"]
     found = examine(digits, *models, f"model.text_pretrained={empty}")
     assert found["model.vision_pretrained"] == ("ok", f"{whole} has a configuration and weights")
     lacking = f"{empty} has no config.json and no weights (model.safetensors or pytorch_model.bin)"
@@ -158,12 +162,166 @@ def test_a_recipe_that_lacks_every_part_names_all(name: str, parts: Path) -> Non
     assert found["configuration"][0] == found["ranks"][0] == "ok"
 
 
-def test_weights_in_parts_are_whole_when_all_parts_are_there(
-    parts: Path, damaged: dict[str, Path], tmp_path: Path
-) -> None:
-    whole = shutil.copytree(damaged["part"], tmp_path / "whole")
-    (whole / "model-2.safetensors").touch()
-    assert examine_recipe(parts, "phi", f"{TEXT}={whole}")[TEXT][0] == "ok"
+def test_weights_in_parts_are_whole_when_all_parts_are_there(parts: Path, tmp_path: Path) -> None:
+    folder = copied(parts / "phi", tmp_path / "phi")
+    halves = [folder / f"model-{half}.safetensors" for half in (1, 2)]
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    for half, file in enumerate(halves):
+        save_file(dict(tensors[half::2]), file)
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: halves[i % 2].name for i, (name, _) in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert examine_recipe(parts, "phi", f"{TEXT}={folder}")[TEXT][0] == "ok"
+    cut_off(halves[1])
+    state, text = examine_recipe(parts, "phi", f"{TEXT}={folder}")[TEXT]
+    assert state == "missing" and text.startswith(f"{halves[1]} cannot be read as a file of weights: ")
+    halves[1].unlink()
+    lacking = f"{folder} has no model-2.safetensors; download the whole model"
+    assert examine_recipe(parts, "phi", f"{TEXT}={folder}")[TEXT] == ("missing", lacking)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["now", "before torch 1.6"])
+def test_weights_of_torch(is_zip: bool, parts: Path, tmp_path: Path) -> None:
+    folder = copied(parts / "phi", tmp_path / "phi")
+    file = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), file, _use_new_zipfile_serialization=is_zip)
+    (folder / "model.safetensors").unlink()
+    assert examine_recipe(parts, "phi", f"{TEXT}={folder}")[TEXT][0] == "ok"
+
+
+def copied(folder: Path, to: Path, file: str = "config.json", **values: object) -> Path:
+    """The folder again, with other values in one of its JSON files."""
+    shutil.copytree(folder, to)
+    (to / file).write_text(json.dumps(json.loads((to / file).read_text()) | values))
+    return to
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.fixture(scope="module")
+def misfits(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with all files, which the runs refuse."""
+    root = tmp_path_factory.mktemp("misfits")
+    names = ("nothing", "larger", "short", "unread", "other_size", "torn", "cut", "pointer")
+    folders = {name: root / name for name in names} | {name: parts / name for name in ("phi", "clip")}
+    folders["nothing"].mkdir()
+    (folders["nothing"] / "config.json").write_text("{}")
+    (folders["nothing"] / "model.safetensors").touch()
+    vision = json.loads((parts / "clip" / "config.json").read_text())["vision_config"]
+    copied(parts / "clip", folders["larger"], vision_config=vision | {"image_size": 384})
+    copied(parts / "phi", folders["short"], max_position_embeddings=1024)
+    for name in ("unread", "other_size", "torn"):
+        copied(parts / "clip", folders[name])
+    (folders["unread"] / "preprocessor_config.json").write_text("{")
+    (folders["other_size"] / "preprocessor_config.json").write_text('{"crop_size": {"height": 224, "width": 224}}')
+    (folders["torn"] / "config.json").write_text('{"model_type": "clip", "vision_config": 3}')
+    cut_off(copied(parts / "phi", folders["cut"]) / "model.safetensors")
+    (copied(parts / "phi", folders["pointer"]) / "model.safetensors").unlink()
+    (folders["pointer"] / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return folders
+
+
+# subject, folder (or a file in it), what is said of it.
+REFUSED = {
+    "configuration of no model": (TEXT, "nothing", "{key} is {path!r}, whose configuration cannot be read: Unrec"),
+    "and its empty weights": (TEXT, "nothing", " {path}/model.safetensors cannot be read as a file of weights: "),
+    "configuration that is torn": (VISION, "torn", "{key} is {path!r}, whose configuration cannot be read: Val"),
+    "decoder as tower": (VISION, "phi", "{key} is {path!r}, which holds a model of type phi where clip_vision_model"),
+    "tower as decoder": (TEXT, "clip", "{key} is {path!r}, which holds a model of type clip where a decoder that"),
+    "tower for larger images": (
+        VISION,
+        "larger",
+        "data.image_size is 336 but the tower in {path} is for images of 384",
+    ),
+    "decoder of shorter texts": (TEXT, "short", "data.sequence_length is 2048 but the model in {path} takes at most"),
+    "statistics that cannot be read": (VISION, "unread", "{path}/preprocessor_config.json cannot be used: JSONDecode"),
+    "statistics of other images": (VISION, "other_size", "{path}/preprocessor_config.json cannot be used: ValueError"),
+    "tokenizer without an end": (TOKENIZER, "phi/tokenizer.json", "data.tokenizer names no end-of-text token (eos_to"),
+    "weights that end early": (TEXT, "cut", "{path}/model.safetensors cannot be read as a file of weights: "),
+    "weights that were never fetched": (
+        TEXT,
+        "pointer",
+        "{path}/pytorch_model.bin cannot be read as a file of weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_run_refuses_is_told(what: str, parts: Path, misfits: dict[str, Path], tmp_path: Path) -> None:
+    """And the run refuses it, where that is before it loads weights in the same words."""
+    subject, name, text = REFUSED[what]
+    folder, _, file = name.partition("/")
+    path = misfits[folder] / file
+    found = examine_recipe(parts, "phi", f"{subject}={path}")
+    assert {key for key, (state, _) in found.items() if state != "ok"} == {subject}
+    state, told = found[subject]
+    assert state == "missing" and text.format(key=subject, path=f"{path}") in told
+    own = [text.removeprefix("language:") for text in recipe_overrides(parts, "phi")]
+    own = [text for text in own if not text.startswith(("projector:", "experts:"))]
+    config = load_config([*own, f"{subject}={path}", "stage=language", "stage.start=null", f"run_dir={tmp_path}"])
+    with pytest.raises(DynMoEError) as caught:
+        VisionLanguage(config).build_model()
+    assert f"{caught.value}" in told or "whose weights cannot be loaded" in f"{caught.value}"
+
+
+def test_a_wrong_tower_hides_no_wrong_decoder(parts: Path, misfits: dict[str, Path]) -> None:
+    swapped = {VISION: misfits["phi"], TEXT: misfits["clip"], TOKENIZER: misfits["phi"] / "tokenizer.json"}
+    found = examine_recipe(parts, "phi", *(f"{key}={path}" for key, path in swapped.items()))
+    assert {key for key, (state, _) in found.items() if state != "ok"} == swapped.keys()
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 24 positions with its tokenizer, and a ViT for images of 8 pixels."""
+    folder = tmp_path_factory.mktemp("encoders")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    with seeded_weights(0):
+        BertModel(BertConfig(vocab_size=200, max_position_embeddings=24, **sizes)).save_pretrained(folder / "bert")
+        ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(folder / "vit")
+    write_tokenizer(folder / "bert")
+    return folder
+
+
+def examine_encoder(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    """What is said of a model and its tokenizer."""
+    found = by_subject([f"data.path={folder}", f"model.pretrained={folder}", *overrides])
+    return {key: finding for key, finding in found.items() if key in ("model.pretrained", TOKENIZER)}
+
+
+def test_a_bert_and_its_tokenizer(encoders: Path, tmp_path: Path) -> None:
+    bert = ("experiment=glue_bert_large", "data.sequence_length=24")
+    folder = encoders / "bert"
+    found = examine_encoder(folder, *bert)
+    assert found["model.pretrained"] == ("ok", f"{folder} has a configuration and weights")
+    assert found[TOKENIZER][0] == "ok" and found[TOKENIZER][1].endswith(" tokens")
+    state, text = examine_encoder(folder, *bert, "data.sequence_length=25")["model.pretrained"]
+    assert state == "missing" and text.startswith(f"data.sequence_length is 25 but the model in {folder} takes at most")
+    small = copied(folder, tmp_path / "small", vocab_size=3)
+    cut_off(small / "model.safetensors")
+    state, text = examine_encoder(small, *bert)["model.pretrained"]
+    assert state == "missing" and f"tokens but the model in {small} has 3. Use the tokenizer of" in text
+    assert f"{small}/model.safetensors cannot be read as a file of weights: " in text
+    (small / "tokenizer.json").write_text("{")
+    state, text = examine_encoder(folder, *bert, f"{TOKENIZER}={small / 'tokenizer.json'}")[TOKENIZER]
+    assert state == "missing" and "holds no tokenizer that can be read" in text
+    vit = encoders / "vit"
+    found = examine_encoder(vit, *bert)
+    assert found["model.pretrained"][1].endswith("which holds a model of type vit where bert is needed.")
+    assert found[TOKENIZER][0] == "missing"
+    assert examine_encoder(folder, *bert, f"{TOKENIZER}=gone")[TOKENIZER][1].startswith("gone is not there (seen from ")
+
+
+def test_a_vit(encoders: Path) -> None:
+    vit = ("experiment=image_vit_small", "model.sizes=null")
+    folder = encoders / "vit"
+    fine = ("ok", f"{folder} has a configuration and weights")
+    assert examine_encoder(folder, *vit, "data.image_size=8") == {"model.pretrained": fine}
+    wrong = f"data.image_size is 224 but the model in {folder} is for images of 8. Use data.image_size=8."
+    assert examine_encoder(folder, *vit) == {"model.pretrained": ("missing", wrong)}
+    state, text = examine_encoder(encoders / "bert", *vit)["model.pretrained"]
+    assert state == "missing" and text.endswith("which holds a model of type bert where vit is needed.")
 
 
 def test_a_recipe_without_its_images(parts: Path, tmp_path: Path) -> None:
