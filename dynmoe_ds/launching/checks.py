@@ -44,6 +44,7 @@ _IMAGE_SUFFIXES = (".sqsh", ".sif")
 _PACKAGES = {
     "sbatch": "Launch from a login node of the cluster",
     "scontrol": "Launch from a login node of the cluster",
+    "squeue": "Launch from a login node of the cluster",
     "kubectl": "Install it",
     "pdsh": "Install the package pdsh",
     "mpirun": "Install Open MPI (the package openmpi-bin)",
@@ -91,7 +92,7 @@ def find_missing_programs(launch: AnyLaunchConfig) -> list[str]:
     """One sentence per program that the submission needs and that is not on the PATH."""
     match launch:
         case SlurmConfig():
-            needed: tuple[str, ...] = ("sbatch", "scontrol")
+            needed: tuple[str, ...] = ("sbatch", "scontrol", "squeue")
         case KubernetesConfig():
             needed = ("kubectl",)
         case DeepSpeedConfig(runner="pdsh"):

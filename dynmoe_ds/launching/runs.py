@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from dynmoe_ds.config.load import load_config, load_sections
@@ -46,11 +47,11 @@ def load_runs(overrides: Sequence[str], *, check_files: bool = True) -> Runs:
 
     Raises: ConfigError with every fault of every run, each once.
     """
-    common, swept, run_dir = _split_sweep(overrides)
-    if not swept:
+    faults: list[str] = []
+    common, swept, run_dir = _split_sweep(overrides, faults)
+    if not swept and not faults:
         config = _with_absolute_folder(load_config(common, check_files=check_files))
         return Runs(folder=Path(config.run_dir), configs=(config,), choices=((),))
-    faults: list[str] = []
     if run_dir is None:
         faults.append("run_dir is not set. A sweep needs a folder for the folders of its runs: run_dir=runs/NAME.")
     folder = Path(os.path.abspath(run_dir or "runs/sweep"))
@@ -75,7 +76,7 @@ def load_runs(overrides: Sequence[str], *, check_files: bool = True) -> Runs:
 
 def find_num_ranks(overrides: Sequence[str]) -> int | None:
     """Ranks of the run of overrides, or of the first of a sweep, whatever is wrong beside them; None where they are."""
-    common, swept, _ = _split_sweep(overrides)
+    common, swept, _ = _split_sweep(overrides, [])
     try:
         sections = load_sections([*common, *(values[0] for values in swept)]).sections
     except ConfigError:
@@ -88,10 +89,10 @@ def _with_absolute_folder(config: RunConfig) -> RunConfig:
     return replace(config, run_dir=os.path.abspath(config.run_dir))
 
 
-def _split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]], str | None]:
+def _split_sweep(overrides: Sequence[str], faults: list[str]) -> tuple[list[str], list[tuple[str, ...]], str | None]:
     """The overrides with one value, for each of the others its values as overrides of their own, and the run_dir.
 
-    What cannot be read is left for `load_config` to report.
+    What cannot be read is left for `load_config` to report; a sweep without values to go through goes to `faults`.
     """
     parser = OverridesParser.create()
     common: list[str] = []
@@ -104,13 +105,35 @@ def _split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, .
             common.append(text)
             continue
         if override.is_sweep_override():
-            key = override.get_key_element()
-            swept.append(tuple(f"{key}={value}" for value in override.sweep_string_iterator()))
+            try:
+                swept.append(_sweep_values(override))
+            except ConfigError as error:
+                faults += error.faults
         else:
             common.append(text)
             if override.key_or_group == "run_dir" and override.value() is not None:
                 run_dir = f"{override.value()}"
     return common, swept, run_dir
+
+
+def _sweep_values(override: Override) -> tuple[str, ...]:
+    """The values of a sweep's key, as overrides of their own. Raises: ConfigError where there is no list of them."""
+    key, text, sweep = override.get_key_element(), override.input_line, override.value()
+    if getattr(sweep, "shuffle", False):
+        raise ConfigError(
+            f"The override {text!r} shuffles its values, so that the same command, given again, would be another "
+            "sweep. Leave out the shuffling."
+        )
+    try:
+        values = tuple(f"{key}={value}" for value in override.sweep_string_iterator())
+    except (HydraException, ValueError) as error:  # interval(...), glob(...), a range with steps of 0
+        raise ConfigError(
+            f"The values of the override {text!r} cannot be enumerated. Write them with commas, or as "
+            "range(START,STOP,STEP)."
+        ) from error
+    if not values:
+        raise ConfigError(f"The override {text!r} holds no value. Write at least one, or leave it out.")
+    return values
 
 
 def _quoted(path: Path) -> str:

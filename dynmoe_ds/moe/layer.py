@@ -179,6 +179,18 @@ class MoELayer(nn.Module):
             ledger.add_output(self, routing, y)
         return (y if self.token_shares is None else self.token_shares.join(y, num_tokens)).view(x.shape)
 
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by the constructor of DeepSpeed's engine, before it gives every rank the parameters of rank 0.
+
+        Raises: ConfigError where it would do so to experts: it knows them by the mark that `dynmoe_ds.initialize` sets.
+        """
+        if self.ep_size > 1 and any(getattr(param, "allreduce", True) for param in self.experts.parameters()):
+            raise ConfigError(
+                f"A MoELayer with ep_size {self.ep_size} was given to deepspeed.initialize, which would overwrite the "
+                "experts of every rank by those of rank 0 and average gradients of different experts. Use "
+                "dynmoe_ds.initialize."
+            )
+
     def renew_pool(self, placement: Placement) -> None:
         """Another pool, of any size: router and experts of zeros for it, of the same dtype on the same device.
 

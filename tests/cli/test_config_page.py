@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dynmoe_ds.cli.config_page import config_page
 from dynmoe_ds.cli.plan import PLAN_KEYS
-from dynmoe_ds.config.groups import cluster_names, config_groups, launch_names
+from dynmoe_ds.config.groups import CONFIG_MODULE, cluster_names, config_groups, launch_names
 from dynmoe_ds.config.load import load_config, to_plain
+from dynmoe_ds.launching.load import load_launch
 from dynmoe_ds.planning.load_cluster import load_cluster
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -45,6 +48,58 @@ def test_every_key_of_a_run_is_on_it(overrides: list[str]) -> None:
         if not re.fullmatch(r"(model|data|router)\.name", leaf)
     ]
     assert len(named) > 40 and set(named) <= rows().keys() | {"adaptation", "stage"}, set(named) - rows().keys()
+
+
+def tables() -> dict[str, set[str]]:
+    """The keys of each table by its heading, such as "optim" or "launch: `slurm`"."""
+    found: dict[str, set[str]] = {}
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif line.startswith("| `"):
+            found.setdefault(heading, set()).add(line.split("`")[1])
+    return found
+
+
+def in_file(group: str, option: str) -> tuple[set[str], str | None]:
+    """The keys that a file and those that it begins with set, written with their sections; the kind of its section."""
+    text = (files(CONFIG_MODULE) / group / f"{option}.yaml").read_text(encoding="utf-8")
+    plain = yaml.safe_load(text) or {}
+    parents, kind = plain.pop("defaults", []), plain.pop("name", None)
+    if text.startswith("# @package _global_"):
+        return set(leaves(plain)), None
+    named = set(leaves(plain, group)) if plain else set()
+    for parent in parents:
+        if parent != "_self_":
+            inherited, its_kind = in_file(group, parent)
+            named, kind = named | inherited, kind or its_kind
+    return named, kind
+
+
+@pytest.mark.parametrize("group", config_groups())
+def test_every_key_of_a_file_is_in_the_table_of_its_kind(group: str) -> None:
+    for option in config_groups()[group]:
+        named, kind = in_file(group, option)
+        assert named or option == "none", option
+        if any(not key.startswith(f"{group}.") for key in named):  # of any section; null switches one off
+            assert named <= rows().keys() | {"adaptation"}, (option, named - rows().keys())
+        elif named:
+            (keys,) = [keys for heading, keys in tables().items() if is_of(heading, group, kind)]
+            assert named <= keys, (option, named - keys)
+
+
+@pytest.mark.parametrize("option", launch_names())
+def test_every_key_of_a_launch_is_in_the_table_of_its_kind(option: str) -> None:
+    launch, _ = load_launch(option, [])
+    named = set(leaves(to_plain(launch), "launch")) - {"launch.name"}
+    in_its_file, kind = in_file("launch", option)
+    (keys,) = [keys for heading, keys in tables().items() if is_of(heading, "launch", kind)]
+    assert "launch.environment" in named and named | in_its_file <= keys, (named | in_its_file) - keys
+
+
+def is_of(heading: str, group: str, kind: str | None) -> bool:
+    """Whether it is that of the table of a kind of the section, or of the section that has no kinds."""
+    return heading == group if kind is None else heading.startswith(f"{group}: ") and f"`{kind}`" in heading
 
 
 def test_every_key_of_a_plan_is_on_it() -> None:

@@ -78,15 +78,16 @@ def test_all_faults_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     wrong = ["launch=slurm", "launch.nodes=3", "launch.time=1:2:3:4", "parallel.ep_size=3", "optim.lrr=1"]
     assert main(["launch", *wrong, *SMOKE, "run_dir=runs/a"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("dynmoe: 6 faults in the configuration:\n")
-    of_the_job = ("launch.time is '1:2:3:4'", "a multiple of launch.nodes (3)", "no sbatch on the", "no scontrol")
-    for text in (*of_the_job, "parallel.ep_size is 3 but must divide the 2 ranks", "'optim.lrr'"):
+    assert said.startswith("dynmoe: 7 faults in the configuration:\n")
+    programs = ("no sbatch on the", "no scontrol", "no squeue")
+    of_the_job = ("launch.time is '1:2:3:4'", "a multiple of launch.nodes (3)")
+    for text in (*of_the_job, *programs, "parallel.ep_size is 3 but must divide the 2 ranks", "'optim.lrr'"):
         assert text in said
     wrong = ["launch=slurm", "launch.nodes=3", "launch.gpus_per_node=1", "launch.global_batch_size=7"]
     assert main(["launch", *wrong, *SMOKE, "run_dir=runs/a", "seed=1,2"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("dynmoe: 4 faults in the configuration:\n")
-    for text in ("a multiple of launch.nodes (3)", "a multiple of the 4 sequences", "no sbatch on the", "no scontrol"):
+    assert said.startswith("dynmoe: 5 faults in the configuration:\n")
+    for text in ("a multiple of launch.nodes (3)", "a multiple of the 4 sequences", *programs):
         assert text in said
     assert not Path("runs").exists()
 
@@ -112,6 +113,18 @@ def test_overrides_of_the_verb(override: str, message: str, capsys: pytest.Captu
     other = "training.gradient_accumulation_steps=2"
     assert main(["launch", "--dry-run", *SMOKE, "run_dir=runs/a", other, override]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["launch"], ["train", "-m"]], ids=" ".join)
+def test_a_sweep_that_cannot_be_enumerated_is_a_fault(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, *SMOKE, "run_dir=s", "optim.lr=interval(1e-4,1e-3)", "seed=shuffle(1,2)"]) == 2
+    assert capsys.readouterr().err == (
+        "dynmoe: 2 faults in the configuration:\n"
+        "  - The values of the override 'optim.lr=interval(1e-4,1e-3)' cannot be enumerated. Write them with commas, "
+        "or as range(START,STOP,STEP).\n"
+        "  - The override 'seed=shuffle(1,2)' shuffles its values, so that the same command, given again, would be "
+        "another sweep. Leave out the shuffling.\n"
+    )
 
 
 class Started:

@@ -139,7 +139,7 @@ def test_runs_at_the_same_time_are_of_a_sweep() -> None:
 def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}")
     needed = {
-        "slurm": ["sbatch", "scontrol"], "kubernetes": ["kubectl"], "hosts_pdsh": ["pdsh", "ssh"],
+        "slurm": ["sbatch", "scontrol", "squeue"], "kubernetes": ["kubectl"], "hosts_pdsh": ["pdsh", "ssh"],
         "hosts_openmpi": ["mpirun", "ssh"], "hosts_torchrun": ["ssh"], "local": [],
     }  # fmt: skip
     for name, programs in needed.items():
@@ -148,7 +148,8 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [text.split()[3] for text in found] == programs
         assert all("on the PATH. " in text and "or use --dry-run to see" in text for text in found)
     assert find_missing_programs(launch_of("hosts_torchrun", start="print")) == []
-    for program in ("sbatch", "scontrol"):
+    for program in ("sbatch", "scontrol", "squeue"):
+        assert find_missing_programs(launch_of("slurm")) != []
         (tmp_path / program).write_text("")
         (tmp_path / program).chmod(0o755)
     assert find_missing_programs(launch_of("slurm")) == []

@@ -42,6 +42,30 @@ def test_every_fault_of_every_run_once() -> None:
         assert [fault for fault in caught.value.faults if text in fault], text
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=interval(1e-4,1e-3)", "cannot be enumerated. Write them with commas, or as range(START,STOP,STEP)."),
+        ("router=glob(top*)", "cannot be enumerated. Write them with commas, or as range(START,STOP,STEP)."),
+        ("seed=range(0,2,0)", "cannot be enumerated. Write them with commas, or as range(START,STOP,STEP)."),
+        ("seed=range(3,3)", "holds no value. Write at least one, or leave it out."),
+        ("seed=shuffle(1,2)", "shuffles its values, so that the same command, given again, would be another sweep."),
+        ("seed=shuffle(range(2))", "shuffles its values, so that the same command, given again, would be another"),
+    ],
+)
+def test_a_sweep_has_a_list_of_values_always_the_same(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_runs([*SMOKE, "run_dir=s", override, "parallel.num_ranks=4,3"])
+    first, *others = caught.value.faults
+    assert repr(override) in first and message in first
+    assert [fault for fault in others if "parallel.ep_size is 2 but must divide the 3 ranks" in fault], "with the rest"
+    assert find_num_ranks([*SMOKE, override, "parallel.num_ranks=4,3"]) == 4
+
+
+def test_a_sorted_sweep_is_always_the_same() -> None:
+    assert [config.seed for config in runs_of("seed=sort(3,1)").configs] == [1, 3]
+
+
 def test_the_number_of_ranks_is_known_in_spite_of_other_faults() -> None:
     assert find_num_ranks([*SMOKE, "parallel.ep_size=3", "parallel.num_ranks=6,4", "optim.lrr=1"]) == 6
     for wrong in ("parallel.num_ranks=many", "parallel.num_ranks=0", "seed=${nothing}"):
