@@ -94,7 +94,12 @@ def test_the_launcher_starts_a_rank_on_every_worker(hosts: two_hosts.TwoHosts, f
     try:
         port = containers["Worker"]["readinessProbe"]["tcpSocket"]["port"]
         probe = hosts.words(0, "bash", "-c", f"exec 3<>/dev/tcp/{two_hosts.NAMES[1]}/{port}")
-        hosts.wait_for(lambda: subprocess.run(probe, capture_output=True, check=False).returncode == 0)
+
+        def is_ready() -> bool:
+            assert not any(worker.poll() for worker in workers), "sshd does not start"
+            return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+        hosts.wait_for(is_ready)
         launcher = words(0, containers["Launcher"])
         done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120, check=False)
     finally:
