@@ -31,6 +31,7 @@ from dynmoe_ds.telemetry.run_folder import SWEEP_FILE
 _PATH_KEYS = frozenset(
     {
         "path",
+        "paths",
         "held_out_path",
         "image_folder",
         "tokenizer",
@@ -210,7 +211,7 @@ def _kubernetes(launch: KubernetesConfig, runs: Runs) -> Iterator[str]:
     for config in runs.configs:
         for key, value in _paths(config, ""):
             path = Path(value)
-            if path.is_absolute() and not path.is_relative_to(volume) and path.exists():
+            if path.is_absolute() and not path.is_relative_to(volume) and _exists(value):
                 yield (
                     f"{key} is {value!r}, which is on this machine. Pods see launch.volume_path ({volume}) and what is "
                     f"in the image: copy it to the volume, and use {key}={volume}/NAME."
@@ -239,7 +240,7 @@ def _other_sweep(runs: Runs) -> Iterator[str]:
 def _missing_paths(config: RunConfig) -> Iterator[str]:
     """Of all files and folders that the configuration names. Relative ones are from here, where the job will be."""
     for key, value in _paths(config, ""):
-        if not Path(value).exists():
+        if not _exists(value):
             yield f"{key} is {value!r}, which does not exist here ({Path.cwd()}). Correct the path."
 
 
@@ -258,5 +259,10 @@ def _paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
         key = f"{name}.{field.name}" if name else field.name
         if is_dataclass(value):
             yield from _paths(value, key)
-        elif field.name in _PATH_KEYS and isinstance(value, str):
-            yield key, value
+        elif field.name in _PATH_KEYS:
+            yield from ((key, path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None)
+
+
+def _exists(path: str) -> bool:
+    """Whether there is such a file or folder, or an indexed data set, which is named without its endings."""
+    return any(Path(f"{path}{ending}").exists() for ending in ("", ".bin", ".idx"))

@@ -165,7 +165,7 @@ class KubernetesConfig(LaunchConfig):
     job: Literal["pytorchjob", "mpijob"]
     job_name: str | None
     namespace: str
-    image: str
+    image: str | None
     nodes: int
     gpus_per_node: int
     cpus: int | None
@@ -189,6 +189,13 @@ class KubernetesConfig(LaunchConfig):
                     f"launch.{key} is {text!r}, which Kubernetes does not take. Use at most 63 small letters, digits "
                     "and '-'."
                 )
+        if self.image is None and self.job == "mpijob":
+            yield (
+                "launch.image is null. Name an image that has this package, Open MPI 4, openssh-client and "
+                "openssh-server; docs/clusters.md says how to make one."
+            )
+        elif self.image is None:
+            yield "launch.image is null. Name an image that has this package, such as that of docker/gpu.Dockerfile."
         if self.claim is None:
             yield "launch.claim is null. Name the PersistentVolumeClaim of the volume for run folders and data."
         if not self.volume_path.startswith("/"):

@@ -25,7 +25,7 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
     for kind in ("hosts_pdsh", "hosts_openmpi", "hosts_torchrun"):
         assert faults_of(kind, hostfile=hostfile(tmp_path)) == []
     for kind in ("kubernetes", "kubernetes_mpi"):
-        assert faults_of(kind, run_dir="/workspace/first", claim="shared") == []
+        assert faults_of(kind, run_dir="/workspace/first", claim="shared", image="a") == []
 
 
 def test_more_ranks_than_gpus_and_ranks_that_nodes_do_not_share_evenly() -> None:
@@ -41,7 +41,7 @@ def test_more_ranks_than_gpus_and_ranks_that_nodes_do_not_share_evenly() -> None
     )
     assert faults_of("slurm", ("parallel.num_ranks=16",), nodes=1, gpus_per_node=0) == [], "without GPUs nobody knows"
     for kind in ("kubernetes", "kubernetes_mpi"):
-        pods = {"nodes": 2, "gpus_per_node": 4, "claim": "shared"}
+        pods = {"nodes": 2, "gpus_per_node": 4, "claim": "shared", "image": "a"}
         (fault,) = faults_of(kind, ("parallel.num_ranks=16",), run_dir="/workspace/first", **pods)
         assert fault.startswith("parallel.num_ranks is 16, which is 8 per node, but there are only 4 GPUs per node x 2")
 
@@ -128,6 +128,23 @@ def test_kubernetes(tmp_path: Path) -> None:
     ]
     (tmp_path / "book.txt").unlink()
     assert faults_of("kubernetes", here, run_dir="/workspace/first", claim="a") == [], "it may be in the image"
+
+
+def test_indexed_data_on_this_machine_are_not_the_pods_own(tmp_path: Path) -> None:
+    (tmp_path / "books.idx").write_text("")
+    (tmp_path / "web.bin").write_text("")
+    (tmp_path / "tokenizer").mkdir()
+    paths = ",".join(f"{tmp_path}/{name}" for name in ("books", "web", "none"))
+    indexed = (
+        "experiment=top_p_llama", "data=megatron_indexed", f"data.paths=[{paths},/workspace/more]",
+        f"data.tokenizer={tmp_path}/tokenizer",
+    )  # fmt: skip
+    named = [("data.paths", "books"), ("data.paths", "web"), ("data.tokenizer", "tokenizer")]
+    assert faults_of("kubernetes", indexed, run_dir="/workspace/first", claim="a") == [
+        f"{key} is '{tmp_path}/{name}', which is on this machine. Pods see launch.volume_path (/workspace) and what is "
+        f"in the image: copy it to the volume, and use {key}=/workspace/NAME."
+        for key, name in named
+    ]
 
 
 def test_runs_at_the_same_time_are_of_a_sweep() -> None:

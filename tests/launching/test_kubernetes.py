@@ -38,7 +38,7 @@ def validate(manifest: Mapping[str, Any]) -> None:
 
 
 def manifests(name: str, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    launch = launch_of(name, **{"claim": "shared", "nodes": 2, "gpus_per_node": 4} | values)
+    launch = launch_of(name, **{"claim": "shared", "image": "a", "nodes": 2, "gpus_per_node": 4} | values)
     runs = runs_of(*GPUS, run_dir="/workspace/runs/first", check_files=False)
     config_map, job = yaml.safe_load_all(render(launch, runs))
     assert build(yaml.safe_load(config_map["data"]["config.yaml"])) == runs.configs[0]
@@ -84,6 +84,9 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
         for path, value in (
             (("apiVersion",), "kubeflow.org/v1"), (("spec", "launcherCreationPolicy"), "WhenReady"),
             (("spec", "waitForWorkers"), True), (("spec", "mpiImplementation"), "MVAPICH"),
+            (("spec", "sshAuthPath"), "/root/.ssh"), (("spec", "sshAuthMountPath"), 1),
+            ((*worker, "template", "spec", "containers", 0, "readinessProbe", "tcpSocket"), {}),
+            ((*worker, "template", "spec", "securityContext", "fsGroup"), "dynmoe"),
             ((*worker, "replicas"), 0), ((*worker, "template", "spec", "containers", 0, "command"), "sshd"),
             (("spec", "mpiReplicaSpecs", "Master"), mpi_job["spec"]["mpiReplicaSpecs"]["Launcher"]),
         )
@@ -99,6 +102,26 @@ def pod_of(replicas: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     return pod, container
+
+
+@pytest.mark.parametrize("name", ["kubernetes", "kubernetes_mpi"])
+def test_pods_may_write_to_a_volume_of_root_s(name: str) -> None:
+    (replicas,) = (value for key, value in manifests(name)[1]["spec"].items() if key.endswith("ReplicaSpecs"))
+    for one in replicas.values():
+        context = pod_of(one)[0]["securityContext"]
+        # As the user of docker/*.Dockerfile; and the data on the volume are not gone through at each start.
+        assert context == {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
+
+
+def test_the_config_map_is_not_called_as_the_operator_s_own() -> None:
+    """Which is NAME-config: it does not start a job whose one is there already."""
+    config_map, job = manifests("kubernetes_mpi")
+    assert config_map["metadata"]["name"] == "first-run"
+    for one in job["spec"]["mpiReplicaSpecs"].values():
+        volumes = {volume["name"]: volume for volume in pod_of(one)[0]["volumes"]}
+        assert volumes["config"]["configMap"]["name"] == "first-run"
+        # Names that the operator adds to the pod's.
+        assert not volumes.keys() & {"ssh-auth", "mpi-job-config"}
 
 
 def test_every_pod_of_a_pytorch_job_runs_one_torchrun() -> None:
@@ -147,7 +170,8 @@ def test_mpirun_starts_all_ranks_and_tells_them_where_the_first_one_is(tmp_path:
     spec = manifests("kubernetes_mpi", grace_s=120, environment=["NCCL_DEBUG=INFO"])[1]["spec"]
     (tmp_path / "hostfile").write_text("first-worker-0.first.default.svc slots=4\nfirst-worker-1.first slots=4\n")
     _, launcher = pod_of(spec["mpiReplicaSpecs"]["Launcher"])
-    words = words_of(launcher["command"], tmp_path, "mpirun", OMPI_MCA_orte_default_hostfile=f"{tmp_path}/hostfile")
+    command = with_own_keys(launcher["command"], spec["sshAuthMountPath"], tmp_path)
+    words = words_of(command, tmp_path, "mpirun", OMPI_MCA_orte_default_hostfile=f"{tmp_path}/hostfile")
     assert words[0] == "first-worker-0.first.default.svc:23456"
     line = shlex.join(words[1:])
     assert "-np 8 " in line and "odls_base_sigkill_timeout 120 " in line
@@ -156,8 +180,47 @@ def test_mpirun_starts_all_ranks_and_tells_them_where_the_first_one_is(tmp_path:
     assert "resources" not in launcher, "GPUs are for the workers"
     assert spec["launcherCreationPolicy"] == "WaitForWorkersReady", "or mpirun finds no sshd and uses up restarts"
     assert spec["slotsPerWorker"] == 4 and spec["mpiReplicaSpecs"]["Worker"]["replicas"] == 2
+
+
+def test_ssh_of_the_launcher_and_sshd_of_the_workers_agree(tmp_path: Path) -> None:
+    """tests/cluster/test_mpi_job.py runs both; here is what needs neither."""
+    spec = manifests("kubernetes_mpi")[1]["spec"]
+    _, launcher = pod_of(spec["mpiReplicaSpecs"]["Launcher"])
     _, worker = pod_of(spec["mpiReplicaSpecs"]["Worker"])
-    assert worker["command"] == ["/usr/sbin/sshd", "-De"]
+    (tmp_path / "hostfile").write_text("first-worker-0 slots=4\n")
+    command = with_own_keys(launcher["command"], spec["sshAuthMountPath"], tmp_path)
+    words = words_of(command, tmp_path, "mpirun", OMPI_MCA_orte_default_hostfile=f"{tmp_path}/hostfile")
+    ssh = words[words.index("plm_rsh_args") + 1].split()
+    port, key = (ssh[ssh.index(option) + 1] for option in ("-p", "-i"))
+    assert worker["readinessProbe"]["tcpSocket"] == {"port": int(port)}, "which is ready once sshd listens"
+    assert int(port) >= 1024, "or the images' user may not listen"
+    assert key == f"{tmp_path}/own/id_rsa" and Path(key).read_text() == "a key", "a copy, since root's is refused"
+    assert Path(key).stat().st_mode & 0o777 == 0o600 and Path(key).parent.stat().st_mode & 0o777 == 0o700
+    # As root the worker would make /run/sshd, here too.
+    bash = [text.replace("(( EUID ))", "true") for text in worker["command"]]
+    command = with_own_keys(bash, spec["sshAuthMountPath"], tmp_path, **{"/usr/sbin/sshd": f"{tmp_path}/sshd"})
+    (tmp_path / "own" / "id_rsa").unlink()
+    sshd = words_of(command, tmp_path, "sshd", LD_LIBRARY_PATH="/opt/lib")[1:]
+    assert sshd[sshd.index("-p") + 1] == port and sshd[sshd.index("-h") + 1] == key and Path(key).exists()
+    assert f"AuthorizedKeysFile={tmp_path}/own/authorized_keys" in sshd
+    assert f"SetEnv=PATH={tmp_path}:{os.environ['PATH']} LD_LIBRARY_PATH=/opt/lib" in sshd
+    assert all(not spec["sshAuthMountPath"].startswith(f"{path}/") for path in mounts_of(worker)), "it would hide it"
+
+
+def with_own_keys(command: list[str], mounted: str, folder: Path, **others: str) -> list[str]:
+    """A pod's command with its keys in `folder`, as the operator mounts them: open to all."""
+    (folder / "mounted").mkdir(exist_ok=True)
+    for name in ("id_rsa", "id_rsa.pub", "authorized_keys"):
+        (folder / "mounted" / name).write_text("a key")
+    places = {mounted: f"{folder}/mounted", "/tmp/dynmoe-ssh": f"{folder}/own", **others}
+    for pod, here in places.items():
+        assert any(pod in text for text in command)
+        command = [text.replace(pod, here) for text in command]
+    return command
+
+
+def mounts_of(container: Mapping[str, Any]) -> list[str]:
+    return [mount["mountPath"] for mount in container["volumeMounts"]]
 
 
 def test_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

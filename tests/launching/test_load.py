@@ -17,6 +17,7 @@ SITE = [("claim", "shared")]
 @pytest.mark.parametrize("name", launch_names())
 def test_every_committed_option(name: str) -> None:
     values = SITE if name.startswith("kubernetes") else []
+    values = [*values, ("image", "mpi")] if name == "kubernetes_mpi" else values
     launch, faults = load_launch(name, values)
     assert launch is not None and faults == []
     assert "launch" not in config_groups(), "it is no part of a run"
@@ -83,6 +84,17 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ("kubernetes", {"claim": "a", "volume_path": "w"}, "launch.volume_path is 'w' but must begin with '/'."),
         ("kubernetes", {"claim": "a", "restarts": -1}, "launch.restarts is -1 but must be at least 0."),
         ("kubernetes", {"claim": "a", "cpus": 0}, "launch.cpus is 0 but must be at least 1."),
+        (
+            "kubernetes",
+            {"image": None},
+            "launch.image is null. Name an image that has this package, such as that of docker/gpu.Dockerfile.",
+        ),
+        (
+            "kubernetes_mpi",
+            {"claim": "a"},
+            "launch.image is null. Name an image that has this package, Open MPI 4, openssh-client and openssh-server; "
+            "docs/clusters.md says how to make one.",
+        ),
         ("local", {"nodes": 2}, "There is no key 'launch.nodes'."),
     ],
 )
