@@ -34,3 +34,14 @@ def rows_of(axes: Axes, number: int = 0) -> list[list[float]]:
 def lines_of(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     """The points of every line of these axes, by its label."""
     return {f"{line.get_label()}": list(map(tuple, line.get_xydata())) for line in axes.lines}  # type: ignore[arg-type]
+
+
+def bands_of(axes: Axes) -> dict[str, list[tuple[float, float, float]]]:
+    """Where every filled band of these axes is, by its label: (x, lower edge, upper edge) from left to right."""
+    bands = {}
+    for band in axes.collections:
+        edges: dict[float, list[float]] = {}
+        for x, y in band.get_paths()[0].vertices.tolist():  # type: ignore[union-attr]
+            edges.setdefault(x, []).append(y)
+        bands[f"{band.get_label()}"] = [(x, min(ys), max(ys)) for x, ys in sorted(edges.items())]
+    return bands

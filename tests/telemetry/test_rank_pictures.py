@@ -37,6 +37,28 @@ def run(path: Path, rows_by_step: dict[int, tuple[tuple[int, ...], ...]], **valu
     return path
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_imbalance_is_drawn_over_steps(num_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    for step, overall, of_layers in ((10, 1.25, (1.5, 1.0)), (20, 1.5, (1.125, 2.0))):
+        values = {"moe/rank_imbalance": overall}
+        for layer, imbalance in list(zip(LAYERS, of_layers, strict=True))[:num_layers]:
+            values |= {f"moe/live_experts/{layer}": 4.0, f"moe/rank_imbalance/{layer}": imbalance}
+        folder.append_metrics(step, values, time_s=step)
+    folder.close()
+    caught = catch_axes(monkeypatch, rank_pictures)
+    assert [picture.name for picture in draw_pictures(read_history(tmp_path))] == ["live_experts", "rank_imbalance"]
+    wanted = {
+        "layer 0": [(10, 1.5), (20, 1.125)],
+        "layer 2": [(10, 1.0), (20, 2.0)],
+        "all layers": [(10, 1.25), (20, 1.5)],
+    }
+    if num_layers == 1:  # of which the line of all would be the same
+        wanted = {LAYERS[0]: wanted["layer 0"]}
+    assert lines_of(caught["rank_imbalance"]) == wanted
+    assert caught["rank_imbalance"].get_ylim()[0] == 1
+
+
 def test_which_rank_has_more_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run(tmp_path / "run", {10: ((9, 7), (9, 3)), 20: ((4, 4), (0, 8))})
     caught = catch_axes(monkeypatch, rank_pictures)

@@ -14,7 +14,7 @@ from dynmoe_ds.telemetry.pictures import draw_pictures
 from dynmoe_ds.telemetry.report import write_report
 from dynmoe_ds.telemetry.run_folder import RunFolder
 from dynmoe_ds.telemetry.time_pictures import PARTS, time_shares
-from tests.telemetry.drawn_axes import catch_axes, lines_of
+from tests.telemetry.drawn_axes import bands_of, catch_axes, lines_of
 from tests.telemetry.fake_run import write_fake_run
 from tests.telemetry.test_comparison import rows
 from tests.telemetry.test_report import facts
@@ -62,6 +62,21 @@ def test_time_and_imbalance_are_drawn_and_told(tmp_path: Path) -> None:
     assert other["step_time"].png != drawn["step_time"].png
     assert other["rank_imbalance"].png == drawn["rank_imbalance"].png
     assert other["memory"].png == drawn["memory"].png
+
+
+def test_the_parts_of_a_step_are_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run(tmp_path / "run", {20: times(0.5, 0.25, 0.25, 0.0), 40: times(0.75, 0.125, 0.0, 0.125)})
+    caught = catch_axes(monkeypatch, time_pictures)
+    assert [picture.name for picture in draw_pictures(read_history(path))] == ["step_time"]
+    bands = bands_of(caught["step_time"])  # of milliseconds; the first line holds from the start
+    assert list(bands) == ["compute (62%)", "communication (19%)", "wait (12%)", "data (6%)"]  # of 62.5, 18.75, ...
+    assert list(bands.values()) == [
+        [(0, 0, 500), (20, 0, 500), (40, 0, 750)],
+        [(0, 500, 750), (20, 500, 750), (40, 750, 875)],
+        [(0, 750, 1000), (20, 750, 1000), (40, 875, 875)],
+        [(0, 1000, 1000), (20, 1000, 1000), (40, 875, 1000)],
+    ]
+    assert caught["step_time"].get_xlim() == (0, 40) and caught["step_time"].get_ylim()[0] == 0
 
 
 def test_memory_is_drawn_over_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
