@@ -174,8 +174,7 @@ class FFN:
             sharing = [other for other, of in self.form.linears.items() if of == path]
             for letter, tensor in (("w", linear.weight), ("b", linear.bias)):
                 if tensor is not None:
-                    with torch.enable_grad():  # or the part would not say whether the whole is trained
-                        found[letter + number] = tensor.chunk(len(sharing))[sharing.index(number)]
+                    found[letter + number] = tensor.chunk(len(sharing))[sharing.index(number)]
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -465,8 +465,9 @@ def test_noise_is_a_fraction_of_every_copied_tensor_s_spread(name):
         spread = float(noise.square().mean().sqrt())
         assert spread == pytest.approx(0.25 * float(source.std(correction=0)), rel=tolerance), key
         assert len({float(of_expert.flatten()[0]) for of_expert in noise}) == 32, "each expert has noise of its own"
-        first.append(float(noise.flatten()[0] / spread))
-    assert len(set(first)) == len(first), "each tensor has noise of its own"
+        first.append(noise.flatten()[:8] / spread)
+    # From one seed these would agree but for what is estimated in `spread`.
+    assert not any(torch.allclose(a, b, rtol=0.2) for a, b in combinations(first, 2)), "noise of one seed"
 
 
 @pytest.mark.parametrize("name", MODELS)
