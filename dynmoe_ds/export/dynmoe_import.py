@@ -211,6 +211,11 @@ def _checked(
             f"Its names are {_listed(list(tensors))}. For a dense checkpoint use dynmoe_ds.upcycle."
         )
     ffns = {ffn.path: ffn for ffn in find_ffns(model).values() if not ffn.form.entry}
+    if fused := [ffn for ffn in ffns.values() if ffn.form.is_fused]:
+        raise ConfigError(
+            f"{fused[0].path} has one linear, {fused[0].form.linears['1']}, for an expert's w1 and w3, and checkpoints "
+            "of such models are not known. Give a model of StableLM, Qwen or Phi-2, for example."
+        )
     for path in [path for path in paths if path not in ffns]:
         faults.unexpected += [name for name, match in found.items() if match["path"] == path]
     chosen = [ffn for path, ffn in ffns.items() if path in paths]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,10 +39,11 @@ def upcycle(
         model = dm.upcycle(model, layers=[-2, -1], num_experts=4, num_slots=8)
 
     Without noise, and with routing weights that sum to 1 for every token, the model computes what it computed before.
-    It takes FFNs of Llama's form (`gate_proj`, `up_proj`, `down_proj`: also Mistral, Qwen2, StableLM, Gemma), of ViT's
-    (`fc1`, `fc2`: also CLIP, SigLIP, Phi) and of BERT's (`intermediate.dense`, `output.dense`, whose dropout, residual
-    and norm stay), with any activation that experts have; each is compared with an expert on random input before
-    anything is changed. Weights, biases, dtype, device and `requires_grad` are kept.
+    It takes gated FFNs without biases (of Llama, Mistral, Qwen2, Qwen3, StableLM, Gemma, OLMo2, LFM2, and with gate and
+    up in one linear of Phi-3, GLM and ModernBERT) and two linears with biases (of ViT, CLIP, SigLIP, DINOv3, Phi,
+    GPT-NeoX, GPT-J, CodeGen, Starcoder2, GPT-Neo, GPTBigCode, DistilBERT and BERT, whose dropout, residual and norm
+    stay), with any activation that experts have; each is compared with an expert on random input before anything is
+    changed. Weights, biases, dtype, device and `requires_grad` are kept.
 
     layers: `even` (0, 2, 4, ...), `odd`, `first_half`, `second_half` (the larger one of an odd number), `all`, or
     indices; layers count from 0, and negative indices from the end.
@@ -96,14 +98,20 @@ class _Form:
     """How a family of models writes its FFN, in paths below one module of every layer.
 
     experts: the kinds of expert that may compute the same; they differ in their activation. linears: the `nn.Linear`
-    that holds the expert's `w1` and `b1`, and so on, by number. entry: the module whose place the MoELayer takes; it
-    holds nothing but these linears and an activation. exit: the linear behind it, if it lies outside of the entry.
+    that holds the expert's `w1` and `b1`, and so on, by number; one with two numbers holds the units of the first, then
+    those of the second. entry: the module whose place the MoELayer takes; it holds nothing but these linears and an
+    activation. exit: the linear behind it, if it lies outside of the entry.
     """
 
     experts: tuple[str, ...]
     linears: Mapping[str, str]
     entry: str = ""
     exit: str | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one linear holds two tensors of an expert."""
+        return len(set(self.linears.values())) < len(self.linears)
 
 
 # Of an FFN in a layer; only for what an error says.
@@ -113,7 +121,15 @@ _GATED = ("swiglu", "geglu_tanh", "geglu")
 _TWO_LAYER = ("gelu", "gelu_tanh", "quick_gelu")
 _FORMS = (
     _Form(experts=_GATED, linears={"1": "gate_proj", "3": "up_proj", "2": "down_proj"}),
+    _Form(experts=_GATED, linears={"1": "w1", "3": "w3", "2": "w2"}),
+    _Form(experts=_GATED, linears={"1": "gate_up_proj", "3": "gate_up_proj", "2": "down_proj"}),
+    _Form(experts=_GATED, linears={"1": "Wi", "3": "Wi", "2": "Wo"}),
     _Form(experts=_TWO_LAYER, linears={"1": "fc1", "2": "fc2"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "dense_h_to_4h", "2": "dense_4h_to_h"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "fc_in", "2": "fc_out"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "c_fc", "2": "c_proj"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "up_proj", "2": "down_proj"}),
+    _Form(experts=_TWO_LAYER, linears={"1": "lin1", "2": "lin2"}),
     _Form(
         experts=_TWO_LAYER,
         linears={"1": "intermediate.dense", "2": "output.dense"},
@@ -143,7 +159,7 @@ class FFN:
 
     @property
     def ffn_hidden_size(self) -> int:
-        return self.linear("1").out_features
+        return self.linear("2").in_features
 
     def modules(self) -> list[nn.Module]:
         """What is called, one after the other."""
@@ -151,13 +167,14 @@ class FFN:
         return [self.block.get_submodule(name) for name in names]
 
     def parameters(self) -> dict[str, Tensor]:
-        """The FFN's parameters under the names that an expert has for them."""
+        """The FFN's parameters, or halves of them, under the names that an expert has for them."""
         found: dict[str, Tensor] = {}
-        for number in self.form.linears:
+        for number, path in self.form.linears.items():
             linear = self.linear(number)
-            found[f"w{number}"] = linear.weight
-            if linear.bias is not None:
-                found[f"b{number}"] = linear.bias
+            sharing = [other for other, of in self.form.linears.items() if of == path]
+            for letter, tensor in (("w", linear.weight), ("b", linear.bias)):
+                if tensor is not None:
+                    found[letter + number] = tensor.chunk(len(sharing))[sharing.index(number)]
         return found
 
 
@@ -181,10 +198,10 @@ def find_ffns(model: nn.Module) -> dict[int, FFN]:
             index = int(parts[position])
             by_place.setdefault(place, {})[index] = FFN(form=form, block=block, path=path, index=index)
     if not by_place:
+        known = "; ".join(", ".join(dict.fromkeys(form.linears.values())) for form in _FORMS)
         raise ConfigError(
             f"{type(model).__name__} has no feed-forward network of a known form in numbered layers. Known are "
-            f"{'; '.join(', '.join(form.linears.values()) for form in _FORMS)}, each an nn.Linear. Found: "
-            f"{_found_instead(model)}."
+            f"{known}, each an nn.Linear. Found: {_found_instead(model)}."
         )
     if len(by_place) > 1:
         raise ConfigError(
@@ -209,15 +226,23 @@ def _found_instead(model: nn.Module) -> str:
 
 
 def _has_form(block: nn.Module, form: _Form) -> bool:
-    """Whether the linears are there, and the modules that would go hold no other parameters."""
+    """Whether the linears are there and fit together, and the modules that would go hold no other parameters."""
+    linears: dict[str, nn.Linear] = {}
     try:
-        linears = [block.get_submodule(path) for path in form.linears.values()]
         entry = block.get_submodule(form.entry)
+        for number, path in form.linears.items():
+            linear = block.get_submodule(path)
+            if type(linear) is not nn.Linear:
+                return False
+            linears[number] = linear
     except AttributeError:
         return False
-    if not all(type(linear) is nn.Linear for linear in linears):
-        return False
-    known = {id(parameter) for linear in linears for parameter in linear.parameters()}
+    last = linears.pop("2")
+    first = list(linears.values())
+    for linear in first:
+        if linear.in_features != last.out_features or linear.out_features != first.count(linear) * last.in_features:
+            return False
+    known = {id(parameter) for linear in (*first, last) for parameter in linear.parameters()}
     return {id(parameter) for parameter in entry.parameters()} <= known
 
 
@@ -253,8 +278,13 @@ def expert_kinds(ffns: list[FFN]) -> list[str]:
     for ffn in ffns:
         if found := _form_faults(ffn):
             faults += found
-        elif (kind := _expert_kind(ffn)) is not None:
+        elif (kind := _expert_kind(ffn, training=True)) is not None:
             kinds.append(kind)
+        elif _expert_kind(ffn, training=False) is not None:
+            faults.append(
+                f"{ffn.path} has dropout ({_beside_linears(ffn)}), and experts have none. Set its probability to 0, in "
+                "the model's configuration or when it is loaded."
+            )
         else:
             faults.append(_unlike_any_expert(ffn))
     if faults:
@@ -263,31 +293,39 @@ def expert_kinds(ffns: list[FFN]) -> list[str]:
 
 
 def _form_faults(ffn: FFN) -> list[str]:
-    """Whether the FFN feeds tokens in chunks, has biases where experts have none, or the other way round."""
+    """Whether the FFN feeds tokens in chunks, needs more than tokens, or has or lacks biases unlike experts."""
     if getattr(ffn.block, "chunk_size_feed_forward", 0) > 0:
         return [f"{ffn.path} feeds tokens in chunks, whose padding is not known. Set chunk_size_feed_forward to 0."]
+    if more := [name for module in ffn.modules() for name in _inputs_beside_tokens(module)]:
+        return [f"{ffn.path} takes {', '.join(more)} beside tokens, which experts do not. Use a model of another kind."]
     wanted = {name for name, _ in build_experts(ffn.form.experts[0], 1, 1, 1).named_parameters()}
     given = set(ffn.parameters())
     found = []
     for names, verb, advice in ((given - wanted, "has biases", "without"), (wanted - given, "lacks biases", "with")):
         if names:
-            linears = ", ".join(sorted(ffn.form.linears[name[1:]] for name in names))
+            linears = ", ".join(sorted({ffn.form.linears[name[1:]] for name in names}))
             found.append(
                 f"{ffn.path} {verb} in {linears}, unlike a {ffn.form.experts[0]} expert. Use a model {advice} them."
             )
     return found
 
 
+def _inputs_beside_tokens(module: nn.Module) -> list[str]:
+    """What the module cannot be called without, after its first input: in BLOOM it adds the residual itself."""
+    _, *others = inspect.signature(module.forward).parameters.values()
+    return [it.name for it in others if it.default is it.empty and it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD)]
+
+
 @torch.no_grad()
-def _expert_kind(ffn: FFN) -> str | None:
-    """The kind of expert that computes the same with the FFN's weights, in float64 and in training mode."""
+def _expert_kind(ffn: FFN, training: bool) -> str | None:
+    """The kind of expert that computes the same with the FFN's weights, in float64, when it trains or evaluates."""
     device = ffn.linear("1").weight.device
     # From the activation's linear part to values far beyond those that training sees.
     scales = torch.logspace(-2, 2, 32, dtype=torch.float64)[:, None]
     x = torch.randn(32, ffn.hidden_size, generator=seeded_generator(ffn.path), dtype=torch.float64) * scales
     want = x = x.to(device)
     for module in ffn.modules():
-        want = copy.deepcopy(module).double().train()(want)
+        want = copy.deepcopy(module).double().train(training)(want)
     for kind in ffn.form.experts:
         expert = build_experts(kind, 1, ffn.hidden_size, ffn.ffn_hidden_size).to(device, torch.float64)
         for name, value in ffn.parameters().items():
@@ -300,6 +338,14 @@ def _expert_kind(ffn: FFN) -> str | None:
 
 def _unlike_any_expert(ffn: FFN) -> str:
     """The error for an FFN that no expert could replace."""
+    return (
+        f"{ffn.path} computes something else than any expert with its weights would ({', '.join(ffn.form.experts)}); "
+        f"beside its linears it has {_beside_linears(ffn)}."
+    )
+
+
+def _beside_linears(ffn: FFN) -> str:
+    """The modules of the FFN that are none of its linears, such as its activation."""
     linears = [ffn.linear(number) for number in ffn.form.linears]
     others = {
         type(part).__name__: None
@@ -307,10 +353,7 @@ def _unlike_any_expert(ffn: FFN) -> str:
         for part in module.modules()
         if part is not module and not any(part is linear for linear in linears)
     }
-    return (
-        f"{ffn.path} computes something else than any expert with its weights would ({', '.join(ffn.form.experts)}); "
-        f"beside its linears it has {', '.join(others) or 'nothing'}. No expert has dropout inside."
-    )
+    return ", ".join(others) or "no other modules"
 
 
 @torch.no_grad()

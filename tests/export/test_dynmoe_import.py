@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import dynmoe_ds as dm
 from dynmoe_ds.errors import CheckpointError, ConfigError, DivergenceError
 from tests.helpers.dynmoe_layout import (
     MASKS,
+    SIZES,
     D,
     E,
     F,
@@ -338,6 +340,11 @@ def test_tied_parameters_may_be_there_twice_if_they_are_equal() -> None:
         (stablelm, {"ep_size": 0}, "ep_size is 0 but must be at least 1."),
         (stablelm, {"ep_size": 2}, "ep_size is 2 but there is one data-parallel rank."),
         (lambda: stablelm(hidden_act="relu"), {}, "computes something else than any expert with its weights would"),
+        (
+            lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0)),
+            {},
+            "model.layers.0.mlp has one linear, gate_up_proj, for an expert's w1 and w3",
+        ),
     ],
 )
 def test_models_and_sizes_that_cannot_work_are_refused(build_model: Any, options: Any, message: str) -> None:
