@@ -18,17 +18,27 @@ _EVENTS = "adaptation/events"
 class TensorBoardTracker:
     """Writes what `tensorboard --logdir <run folder>` shows: a curve per metric, and adaptations as text.
 
-    first_step: what an earlier part of the run wrote after it is hidden. Raises: ConfigError without the package.
+    first_step: what an earlier part of the run wrote after it is hidden; so is what a run that goes back had written of
+    the steps that it does again. Raises: ConfigError without the package.
     """
 
     def __init__(self, run_dir: str | Path, first_step: int = 0) -> None:
         require_tensorboard()
+        self._folder = Path(run_dir) / TENSORBOARD_FOLDER
+        self._last_step = first_step
+        self._writer = self._open(first_step + 1 if first_step else None)
+
+    def _open(self, hidden_from: int | None) -> Any:
+        """A writer that hides what is there of that step and later ones."""
         from torch.utils.tensorboard import SummaryWriter  # imported here, and not before: it is slow
 
-        folder = Path(run_dir) / TENSORBOARD_FOLDER
-        self._writer: Any = SummaryWriter(f"{folder}", purge_step=first_step + 1 if first_step else None)
+        return SummaryWriter(f"{self._folder}", purge_step=hidden_from)
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        if step <= self._last_step:  # the run has gone back to a checkpoint
+            self._writer.close()
+            self._writer = self._open(step)
+        self._last_step = step
         for metric in metrics:
             self._writer.add_scalar(metric.name, metric.value, step)
 

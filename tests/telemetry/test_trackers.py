@@ -64,6 +64,15 @@ def test_tensorboard_has_curves_and_adaptations_and_forgets_what_is_done_again(t
     ]
 
 
+def test_tensorboard_forgets_what_a_run_that_goes_back_does_again(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path)
+    for value, step in enumerate((10, 20, 30, 20, 30, 40)):
+        tracker.log(step, metrics(train__loss=float(value)))
+    tracker.close()
+    found = written(tmp_path).Scalars("train/loss")
+    assert [(one.step, one.value) for one in found] == [(10, 0.0), (20, 3.0), (30, 4.0), (40, 5.0)]
+
+
 def test_a_missing_tensorboard_is_an_error_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
