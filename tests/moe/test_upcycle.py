@@ -524,7 +524,7 @@ REFUSED = {
     "no FFN": (
         lambda: nn.Sequential(nn.Linear(3, 3)),
         {},
-        "Sequential has no .* of a known form .* Found: no numbered",
+        "Sequential has no .* of a known form .*; gate_up_proj, down_proj; .* Found: no numbered",
     ),
     "GPT-2": (
         lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2)),
