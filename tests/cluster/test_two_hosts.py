@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ class Launch:
         own = [
             f"launch={kind}", f"launch.hostfile={hosts.hostfile}", f"run_dir={folder}",
             f"launch.ssh_options={list(hosts.ssh_options)}",
-            "launch.environment=['GLOO_SOCKET_IFNAME=eth0','DS_ACCELERATOR=cpu']",
+            # Of this process's own environment ssh hands nothing on. tests/conftest.py says what the last one is for.
+            f"launch.environment=['GLOO_SOCKET_IFNAME=eth0','DS_ACCELERATOR=cpu','MKL_CBWR={os.environ['MKL_CBWR']}']",
         ]  # fmt: skip
         if kind == "hosts_openmpi":
             own.append("launch.runner_options=['--allow-run-as-root','--mca','btl_tcp_if_include','eth0']")
