@@ -62,8 +62,8 @@ class TwoHosts:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dynmoe-hosts-"))
-        # Of this process: another run of the tests beside this one has its own.
-        self._spaces = tuple(f"{name}-{os.getpid()}" for name in NAMES)
+        # Others may be there: of another run of the tests, or of a fixture that lasts for the whole of this one.
+        self._spaces = tuple(f"{name}-{self.folder.name}" for name in NAMES)
         self._made_sshd_folder = False
         self.hostfile = self.folder / "hostfile"
         self.hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
