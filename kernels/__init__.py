@@ -5,6 +5,7 @@ the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports 
 """
 
 from .activations import ACTIVATIONS, Activation
+from .cpu.swiglu_slots import can_compute_swiglu_slots, swiglu_slots, swiglu_slots_backward
 from .gather_rows import gather_rows
 from .plan import PlanIndices, plan
 from .products_by_slot import multiply_by_slot, multiply_pairs_by_slot
@@ -16,7 +17,6 @@ from .top_any_gates import cosine_scores_backward, top_any_gates
 from .weighted_activation import weighted_activation, weighted_activation_backward
 from .weighted_bias import add_weighted_bias, add_weighted_bias_backward
 from .weighted_gated import weighted_gated, weighted_gated_backward
-from .weighted_swiglu_into import weighted_swiglu_backward_into, weighted_swiglu_into
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,6 +25,7 @@ __all__ = [
     "PlanIndices",
     "add_weighted_bias",
     "add_weighted_bias_backward",
+    "can_compute_swiglu_slots",
     "chosen_kernels",
     "cosine_scores_backward",
     "forced_kernels",
@@ -35,12 +36,12 @@ __all__ = [
     "slot_of_rows",
     "sum_rows",
     "sum_slots",
+    "swiglu_slots",
+    "swiglu_slots_backward",
     "top_any_gates",
     "use_triton",
     "weighted_activation",
     "weighted_activation_backward",
     "weighted_gated",
     "weighted_gated_backward",
-    "weighted_swiglu_backward_into",
-    "weighted_swiglu_into",
 ]

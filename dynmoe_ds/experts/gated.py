@@ -12,13 +12,8 @@ from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from dynmoe_ds.experts.experts import Experts, uniform
 from dynmoe_ds.experts.few_slots import few_slots_at_once
 from dynmoe_ds.experts.host_memory import keep_large_blocks
-from dynmoe_ds.experts.slot_by_slot import SlotBySlot, slot_by_slot
-from dynmoe_kernels import Activation
-
-_SMALL_SLOT_BYTES = 1 << 17
-"""Of one activation of a slot. Up to it all slots at once are 5 to 45 % faster on a CPU; above, they are not worth the
-four activations [N, F] more in memory in the backward pass.
-"""
+from dynmoe_ds.experts.slot_by_slot import SlotBySlot
+from dynmoe_kernels import Activation, can_compute_swiglu_slots, swiglu_slots
 
 
 class GatedExperts(Experts):
@@ -33,29 +28,21 @@ class GatedExperts(Experts):
         self.w2 = nn.Parameter(torch.zeros(num_local_slots, hidden_size, ffn_hidden_size))
 
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_slot: Tensor) -> Tensor:
+        parameters = (self.w1, self.w3, self.w2)
         if rows.device.type == "cpu":
             keep_large_blocks()
             counts = rows_per_slot.tolist()
-            if self.activation == "silu" and not self._are_small(counts, rows.element_size()):
-                arguments = (rows, row_weights, counts, self.w1, self.w3, self.w2)
-                return SlotBySlot.apply(*arguments) if torch.is_grad_enabled() else slot_by_slot(*arguments)
+            if self.activation == "silu" and can_compute_swiglu_slots(rows, row_weights, *parameters):
+                compute = SlotBySlot.apply if torch.is_grad_enabled() else swiglu_slots
+                return compute(rows, row_weights, counts, *parameters)
             if not torch.is_grad_enabled():
-                return few_slots_at_once(self._all_slots, rows, row_weights, counts, self.w1, self.w3, self.w2)
+                return few_slots_at_once(self._all_slots, rows, row_weights, counts, *parameters)
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)
-        return self._all_slots(rows, row_weights, slot_ends, self.w1, self.w3, self.w2)
+        return self._all_slots(rows, row_weights, slot_ends, *parameters)
 
     def _all_slots(self, *arguments: Tensor) -> Tensor:
         output: Tensor = GatedOfAllSlots.apply(*arguments, self.activation)
         return output
-
-    def _are_small(self, rows_per_slot: list[int], element_size: int) -> bool:
-        """Whether slots are so small, on average, that calls for each cost more than reading activations from memory.
-
-        Not for inference, which wants no activations of all slots.
-        """
-        used = [count for count in rows_per_slot if count > 0]
-        num_bytes = sum(used) * self.ffn_hidden_size * element_size
-        return torch.is_grad_enabled() and num_bytes <= len(used) * _SMALL_SLOT_BYTES
 
     def initial(self, seed: int, expert_id: int) -> dict[str, Tensor]:
         width, inner = self.hidden_size, self.ffn_hidden_size

@@ -1,4 +1,4 @@
-"""Compiles the C++ source beside this file, once per machine, and loads it."""
+"""Compiles the C++ sources beside this file, once per machine, and loads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "weighted_swiglu.cpp"
+_HERE = Path(__file__).parent
+SOURCES = sorted(_HERE.glob("*.cpp"))
 
 # None of these lets the compiler forget NaN or infinity.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
@@ -61,14 +62,15 @@ def _compiled(compiler: list[str]) -> Path:
     """The path of the compiled library. Raises: OSError or subprocess.SubprocessError if it cannot be made."""
     told = _run([*compiler, "--version"])
     flags = [*FLAGS, *(_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), told, *flags, _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (*sorted(_HERE.glob("*.h")), *SOURCES)]
+    key = "\n".join([*texts, told, *flags, _processor()])
     name = f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynmoe_ds"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / name
-            _run([*compiler, *flags, str(SOURCE), "-o", str(made)])
+            _run([*compiler, *flags, *map(str, SOURCES), "-o", str(made)])
             made.replace(folder / name)
     return folder / name
 

@@ -12,7 +12,6 @@ from ..selection import chosen_kernels
 from .build import library
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_VALUES_PER_THREAD = 1 << 14  # with fewer, waking a thread takes longer than it saves
 
 
 def use_cpp(row_weights: Tensor, *matrices: Tensor) -> bool:
@@ -62,6 +61,5 @@ def _call(name: str, *tensors: Tensor) -> None:
             arguments.append(ctypes.c_int64(tensor.stride(0)))
         else:
             assert tensor.shape == (num_rows,) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    threads = max(min(torch.get_num_threads(), num_rows * width // _VALUES_PER_THREAD), 1)
     function = getattr(library(), f"{name}_{_DTYPES[tensors[0].dtype]}")
-    function(*arguments, ctypes.c_int64(num_rows), ctypes.c_int64(width), ctypes.c_int(threads))
+    function(*arguments, ctypes.c_int64(num_rows), ctypes.c_int64(width), ctypes.c_int(torch.get_num_threads()))

@@ -60,7 +60,7 @@ def test_gradients_by_finite_differences(kind):
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu_slot_by_slot_equals_swiglu_of_all_slots(dtype, kernels):
-    """In C++ and in plain torch; with a slot without rows."""
+    """The latter with what stands between the products in C++ or in plain torch; with a slot without rows."""
     per_slot = torch.tensor([20, 0, 13])
     shapes = [(33, 16), (33,), (3, 24, 16), (3, 24, 16), (3, 16, 24)]
     tensors = [torch.randn(*shape, generator=torch.Generator().manual_seed(i)) / 2 for i, shape in enumerate(shapes)]
@@ -71,8 +71,8 @@ def test_swiglu_slot_by_slot_equals_swiglu_of_all_slots(dtype, kernels):
         out = function(rows, weights, counts, *params)
         return [out, *torch.autograd.grad(out.square().sum(), [rows, weights, *params])]
 
+    by_slot = run(slot_by_slot.SlotBySlot.apply, per_slot.tolist())
     with forced_kernels(kernels):
-        by_slot = run(slot_by_slot.SlotBySlot.apply, per_slot.tolist())
         grouped = run(lambda *args: GatedOfAllSlots.apply(*args, "silu"), per_slot.cumsum(0, dtype=torch.int32))
     for got, expected in zip(by_slot, grouped, strict=True):
         assert_near(got, expected.detach(), dtype)
@@ -127,10 +127,10 @@ def test_inference_makes_hidden_units_of_few_slots_at_once(kind, mode, dtype, sp
     rows, weights, _ = rows_of(experts, [*counts, spare], dtype)
     per_slot = torch.tensor(counts)
     expected = experts(rows, weights, per_slot)
-    with mode(), Allocations() as made:
+    with mode(), forced_kernels("torch"), Allocations() as made:
         got = experts(rows, weights, per_slot)
     assert_near(got[: sum(counts)], expected[: sum(counts)].detach(), dtype)
-    assert made.most_bytes <= max(counts) * (ffn + 32) * 4  # the float32 of 16-bit numbers, and longer rows of buffers
+    assert made.most_bytes <= max(counts) * ffn * 4  # the float32 of 16-bit numbers
     assert made.most_bytes < sum(counts) * ffn * dtype.itemsize
 
 
@@ -152,7 +152,7 @@ def test_slots_are_computed_together_while_they_are_small(counts, parts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference_keeps_hidden_units_of_one_slot_only(mode, dtype):
+def test_inference_keeps_hidden_units_of_one_slot_per_thread(mode, dtype):
     counts, ffn, hidden = [5, 64, 0, *[64] * 13], 512, 8
     experts = make("swiglu", dtype, len(counts), hidden, ffn)
     rows, weights, per_slot = rows_of(experts, counts, dtype)
@@ -161,8 +161,8 @@ def test_inference_keeps_hidden_units_of_one_slot_only(mode, dtype):
         got = experts(rows, weights, per_slot)
     assert torch.equal(got, expected)
     padded = ffn + 64 // rows.element_size()
-    of_largest_slot = 3 * max(counts) * padded * rows.element_size()
-    assert made.num_bytes <= of_largest_slot + got.nbytes + 64 * len(counts)
+    of_fullest_slots = 3 * sum(sorted(counts)[-torch.get_num_threads() :]) * padded * rows.element_size()
+    assert made.num_bytes <= of_fullest_slots + got.nbytes
 
 
 @pytest.mark.parametrize("kind", KINDS)

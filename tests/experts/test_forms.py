@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynmoe_ds.experts.all_slots import GatedOfAllSlots, TwoLayersOfAllSlots
 from dynmoe_ds.experts.slot_by_slot import SlotBySlot
+from tests.helpers.products import HookedProducts
 from tests.helpers.reference import assert_near, expert
 
 D, F, COUNTS = 8, 16, [3, 0, 4, 1]
@@ -17,11 +18,21 @@ SHAPES = {
 
 
 class CountedProducts(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, those that C++ asks torch for too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
+        self.in_cpp = HookedProducts()
+
+    def __enter__(self):
+        self.in_cpp.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.in_cpp.__exit__(*exception)
+        self.number += len(self.in_cpp.threads)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.number += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "_grouped_mm")
@@ -62,6 +73,8 @@ def run(form: str, leaves: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("num_spare", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_equal_the_formula(form, dtype, num_spare):
+    if form == "swiglu slot by slot" and dtype == torch.float64:
+        pytest.skip("C++ knows no float64")
     leaves = tensors(form, dtype, num_spare)
     num_rows = sum(COUNTS)
     out = run(form, leaves)

@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -42,21 +42,11 @@ def inputs(dtype: torch.dtype, num_rows: int, width: int) -> tuple[Tensor, ...]:
 
 
 def run(gate: Tensor, up: Tensor, grad: Tensor, weights: Tensor) -> list[Tensor]:
-    """The product, then gradients of gate, up and weights, and the product once more, in tensors of our own."""
-    product, grad_gate, again = (torch.full_like(gate, 7.0) for _ in range(3))
-    grad_up, grad_weights = grad.clone(), torch.full_like(weights, 7.0)
-    kernels.weighted_swiglu_into(product, gate, up, weights)
-    kernels.weighted_swiglu_backward_into(grad_up, grad_gate, grad_weights, again, gate, up, weights)
-    return [product, grad_gate, grad_up, grad_weights, again]
-
-
-def run_anew(gate: Tensor, up: Tensor, grad: Tensor, weights: Tensor) -> list[Tensor]:
-    """As `run`, in tensors that the operations make."""
+    """The product, then gradients of gate, up and weights, and the product once more."""
     backward = kernels.weighted_gated_backward(grad, gate, up, weights, "silu", with_product=True)
     return [kernels.weighted_gated(gate, up, weights, "silu"), *(found for found in backward if found is not None)]
 
 
-@pytest.mark.parametrize("run", [run, run_anew])
 @pytest.mark.parametrize("choice", ["auto", "torch"])
 @pytest.mark.parametrize("width", [1, 7, 64, 1031])
 @pytest.mark.parametrize("num_rows", [1, 5, 70])
@@ -66,7 +56,6 @@ def test_they_compute_the_formula(
     num_rows: int,
     width: int,
     choice: str,
-    run: Callable[..., list[Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`auto` in C++, one and several threads, and `torch` without it."""
@@ -124,9 +113,9 @@ def test_extreme_values_come_out_as_from_torch(dtype: torch.dtype) -> None:
 def test_other_shapes_do_not_reach_bare_pointers() -> None:
     gate, up, _, weights = inputs(torch.float32, 5, 9)
     with pytest.raises(AssertionError):
-        kernels.weighted_swiglu_into(torch.empty(5, 8), gate, up, weights)
+        OPERATION.weighted_swiglu_cpp(gate, up, weights, torch.empty(5, 8))
     with pytest.raises(AssertionError):
-        kernels.weighted_swiglu_into(torch.empty(5, 9), gate, up, weights[:4])
+        OPERATION.weighted_swiglu_cpp(gate, up, weights[:4], torch.empty(5, 9))
 
 
 def test_a_library_is_compiled_once_and_found_again(
