@@ -30,7 +30,8 @@ _WORST_BALANCE = 1.1
 def can_compute_swiglu_slots(rows: Tensor, row_weights: Tensor, *parameters: Tensor) -> bool:
     """Whether `swiglu_slots` can work on these tensors, and may: with `auto` alone.
 
-    It takes contiguous rows and parameters of one dtype, float32 or bfloat16, on a CPU, and row_weights in float32.
+    It takes contiguous rows and parameters of one dtype, float32 or bfloat16, on a CPU, and row_weights in float32. It
+    must not under a `TorchDispatchMode`, such as torch's counter of FLOPs, which would not see the products.
     """
     return (
         rows.dtype in _DTYPES
@@ -38,6 +39,7 @@ def can_compute_swiglu_slots(rows: Tensor, row_weights: Tensor, *parameters: Ten
         and all(tensor.dtype == rows.dtype for tensor in parameters)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in (rows, row_weights, *parameters))
         and chosen_kernels() == "auto"
+        and torch._C._len_torch_dispatch_stack() == 0
         and library() is not None
         and _torch_functions() is not None
     )

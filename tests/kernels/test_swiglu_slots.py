@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynmoe_kernels as kernels
 from dynmoe_kernels.cpu.swiglu_slots import divide
@@ -149,6 +150,8 @@ def test_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can([tensors[0].T.contiguous().T, *tensors[1:]])
     with kernels.forced_kernels("torch"):
         assert not can(tensors)
+    with FlopCounterMode(display=False):
+        assert not can(tensors), "whoever counts operations must see them"
     with monkeypatch.context() as patch:
         patch.setattr(MODULE, "library", lambda: None)
         assert not can(tensors)
