@@ -1,7 +1,8 @@
 """Operations on rows, each as a Triton kernel and as a plain-torch twin of the same signature.
 
-None of them is differentiable by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of
-the two computes; `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
+`swiglu_slots` is neither: it is C++ for CPUs, where `can_compute_swiglu_slots` says yes. None of them is differentiable
+by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of the two computes;
+`docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
 """
 
 from .activations import ACTIVATIONS, Activation

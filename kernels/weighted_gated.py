@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .activations import Activation, activate, activate_backward
-from .cpu.weighted_swiglu import use_cpp, weighted_swiglu_backward_cpp, weighted_swiglu_cpp
 from .selection import use_triton
 
 
@@ -19,10 +17,6 @@ def weighted_gated(gate: Tensor, up: Tensor, row_weights: Tensor, activation: Ac
         from .jit.weighted_gated import launch_weighted_gated
 
         return launch_weighted_gated(gate, up, row_weights, activation)
-    if activation == "silu" and use_cpp(row_weights, gate, up):
-        product = torch.empty_like(gate)
-        weighted_swiglu_cpp(gate, up, row_weights, product)
-        return product
     return weighted_gated_torch(gate, up, row_weights, activation)
 
 
@@ -43,11 +37,6 @@ def weighted_gated_backward(
         from .jit.weighted_gated import launch_weighted_gated_backward
 
         return launch_weighted_gated_backward(grad, gate, up, row_weights, activation, with_product)
-    if activation == "silu" and use_cpp(row_weights, grad, gate, up):
-        grad_gate, grad_up, product = (torch.empty_like(gate) for _ in range(3))
-        grad_weights = torch.empty_like(row_weights)
-        weighted_swiglu_backward_cpp(grad, gate, up, row_weights, grad_gate, grad_up, grad_weights, product)
-        return grad_gate, grad_up, grad_weights, product if with_product else None
     return weighted_gated_backward_torch(grad, gate, up, row_weights, activation, with_product=with_product)
 
 

@@ -144,7 +144,7 @@ def bfloat16_finding() -> Finding:
 
 def compiler_finding() -> Finding:
     """Whether experts on a CPU are computed by functions that are compiled on it."""
-    from dynmoe_kernels.cpu.build import obstacle
+    from dynmoe_kernels.cpu.swiglu_slots import obstacle
 
     reason = obstacle()
     if reason is None:

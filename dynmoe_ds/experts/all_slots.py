@@ -1,4 +1,4 @@
-"""Experts of all slots at once, what a GPU and small slots on a CPU want.
+"""Experts of all slots at once: on GPUs, and on CPUs all that is not computed in C++.
 
 Products over all rows, and between them one pass over [R, F].
 

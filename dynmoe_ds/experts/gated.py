@@ -12,7 +12,7 @@ from dynmoe_ds.experts.all_slots import GatedOfAllSlots
 from dynmoe_ds.experts.experts import Experts, uniform
 from dynmoe_ds.experts.few_slots import few_slots_at_once
 from dynmoe_ds.experts.host_memory import keep_large_blocks
-from dynmoe_ds.experts.slot_by_slot import SlotBySlot
+from dynmoe_ds.experts.swiglu_slots import SwigluSlots
 from dynmoe_kernels import Activation, can_compute_swiglu_slots, swiglu_slots
 
 
@@ -33,7 +33,7 @@ class GatedExperts(Experts):
             keep_large_blocks()
             counts = rows_per_slot.tolist()
             if self.activation == "silu" and can_compute_swiglu_slots(rows, row_weights, *parameters):
-                compute = SlotBySlot.apply if torch.is_grad_enabled() else swiglu_slots
+                compute = SwigluSlots.apply if torch.is_grad_enabled() else swiglu_slots
                 return compute(rows, row_weights, counts, *parameters)
             if not torch.is_grad_enabled():
                 return few_slots_at_once(self._all_slots, rows, row_weights, counts, *parameters)

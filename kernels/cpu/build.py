@@ -1,4 +1,4 @@
-"""Compiles the C++ sources beside this file, once per machine, and loads them."""
+"""Compiles the C++ source beside this file, once per machine, and loads it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_HERE = Path(__file__).parent
-SOURCES = sorted(_HERE.glob("*.cpp"))
+SOURCE = Path(__file__).parent / "swiglu_slots.cpp"
 
 # None of these lets the compiler forget NaN or infinity.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+)
 _X86_FLAGS = ("-mprefer-vector-width=512",)
 _TIMEOUT_S = 120
 
@@ -62,15 +70,14 @@ def _compiled(compiler: list[str]) -> Path:
     """The path of the compiled library. Raises: OSError or subprocess.SubprocessError if it cannot be made."""
     told = _run([*compiler, "--version"])
     flags = [*FLAGS, *(_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
-    texts = [path.read_text(encoding="utf-8") for path in (*sorted(_HERE.glob("*.h")), *SOURCES)]
-    key = "\n".join([*texts, told, *flags, _processor()])
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), told, *flags, _processor()])
     name = f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynmoe_ds"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / name
-            _run([*compiler, *flags, *map(str, SOURCES), "-o", str(made)])
+            _run([*compiler, *flags, str(SOURCE), "-o", str(made)])
             made.replace(folder / name)
     return folder / name
 

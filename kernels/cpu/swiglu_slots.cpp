@@ -1,16 +1,16 @@
 // SwiGLU experts on a CPU: `weight * w2 (silu(w1 x) * (w3 x))` of rows that are sorted by slot, and the backward pass.
 //
-// The matrix products are torch's own, called through its C interface (torch/csrc/inductor/aoti_torch), whose functions
-// come with the call. Slots go to single threads, whose small products are faster than those that all threads share and
-// wait for each other after; slots too large for that come first and are computed by all threads together.
+// Compiled when it is first used, see build.py. The matrix products are torch's own, called through its C interface
+// (torch/csrc/inductor/aoti_torch and torch/csrc/stable), whose functions come with the call; so are the threads. Slots
+// go to single threads, whose small products are faster than those that all threads share and wait for each other
+// after; slots too full for that come first and are shared. bfloat16 comes as its 16 bits. What stands between the
+// products reads every element once, is computed in float32 and rounded once.
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <initializer_list>
-
-#include "weighted_swiglu.h"
-
-#include <omp.h>
 
 using Handle = void*;
 
@@ -20,28 +20,118 @@ struct Call {
     int32_t (*destroy)(Handle);
     int32_t (*mm_out)(Handle, Handle, Handle);
     int32_t (*addmm_out)(Handle, Handle, Handle, Handle, double, double);
-    int32_t dtype, device;          // torch's codes
-    int64_t slots, hidden, inner;   // s, D, F
-    const int64_t* first_row;       // [s + 1]
-    const int64_t* order;           // [s] all slots, the fullest first
-    int64_t together;               // so many of them are computed by all threads
+    int32_t (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+    const char* (*what)();  // the last error of this thread
+    int32_t dtype, device;  // torch's codes
+    int64_t slots, hidden, inner;  // s, D, F
+    const int64_t* first_row;      // [s + 1]
+    const int64_t* order;          // [s] all slots, the fullest first
+    int64_t shared;                // so many of them are computed by all threads together
     int64_t threads;
-    void *rows, *row_weights, *w1, *w3, *w2;     // [N, D], [N] float32, [s, F, D], [s, F, D], [s, D, F]
-    void *gate, *up;                             // [N, F]; null: kept for no longer than a slot takes
-    void* buffers;                               // for one slot at a time on every thread
-    int64_t stride;                              // elements from one row of a buffer to the next
-    void* out;                                   // [N, D]
-    void *grad, *grad_rows, *grad_weights;       // [N, D], [N, D], [N]
-    void *grad1, *grad3, *grad2;                 // as w1, w3, w2; null where nobody wants it
+    void* buffers;     // `num_buffers` [n, stride] of every slot that is computed at the same time
+    int64_t num_buffers, stride;
+    void *rows, *row_weights, *w1, *w3, *w2;  // [N, D], [N] float32, [s, F, D], [s, F, D], [s, D, F]
+    void *gate, *up;                          // [N, F]; without 3 buffers forwards
+    void* out;                                // [N, D]
+    void *grad, *grad_rows, *grad_weights;    // [N, D], [N, D], [N]
+    void *grad1, *grad3, *grad2;              // as w1, w3, w2; null where nobody wants it
+    char error[256];                          // empty, or why torch could not compute a product
 };
 
 namespace {
 
+float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float load(float value) { return value; }
+float load(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+
+void store(float value, float* place) { *place = value; }
+void store(float value, uint16_t* place) {
+    uint32_t bits = float_to_bits(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    *place = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+// e^x to about a unit in the last place; at least e^-87, and infinite above e^88. A polynomial instead of std::exp, which
+// compilers do not vectorise everywhere.
+float exponential(float x) {
+    const bool is_huge = x > 88.0f;
+    x = x < -87.0f ? -87.0f : x;
+    x = is_huge ? 88.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    p *= bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+    return is_huge ? __builtin_inff() : p;
+}
+
+float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Below, rows of matrices are `..._stride` elements apart.
+
+template <typename T>
+void weighted_swiglu(const T* gate, const T* up, int64_t gate_stride, const float* weights, T* product,
+                     int64_t product_stride, int64_t first, int64_t last, int64_t width) {
+    for (int64_t row = first; row < last; ++row) {
+        const T* a_row = gate + row * gate_stride;
+        const T* b_row = up + row * gate_stride;
+        T* out = product + row * product_stride;
+        const float weight = weights[row];
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            const float a = load(a_row[i]);
+            store(a * sigmoid(a) * load(b_row[i]) * weight, out + i);
+        }
+    }
+}
+
+// On entry grad_up holds the gradient of the weighted product.
+template <typename T>
+void weighted_swiglu_backward(const T* gate, const T* up, int64_t gate_stride, const float* weights, T* grad_gate,
+                              T* grad_up, float* grad_weights, T* product, int64_t stride, int64_t first, int64_t last,
+                              int64_t width) {
+    for (int64_t row = first; row < last; ++row) {
+        const T* a_row = gate + row * gate_stride;
+        const T* b_row = up + row * gate_stride;
+        T* ga_row = grad_gate + row * stride;
+        T* gb_row = grad_up + row * stride;
+        T* out = product + row * stride;
+        const float weight = weights[row];
+        float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < width; ++i) {
+            const float a = load(a_row[i]), b = load(b_row[i]), g = load(gb_row[i]);
+            const float share = sigmoid(a), silu = a * share, plain = silu * b, weighted = g * weight;
+            total += g * plain;
+            store(plain * weight, out + i);
+            store(weighted * b * (share * (1.0f + a * (1.0f - share))), ga_row + i);
+            store(weighted * silu, gb_row + i);
+        }
+        grad_weights[row] = total;
+    }
+}
+
 // A matrix of torch's over memory of ours.
 class Matrix {
    public:
-    template <typename T>
-    Matrix(const Call& call, T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
+    Matrix(const Call& call, void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
         : call_(call) {
         const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
         if (call.create(data, 2, sizes, strides, 0, call.dtype, call.device, 0, &handle) != 0) handle = nullptr;
@@ -61,28 +151,37 @@ class Matrix {
 template <typename T>
 class Slots {
    public:
-    explicit Slots(const Call& call) : call_(call) {}
+    explicit Slots(Call& call) : call_(call) { call.error[0] = 0; }
 
-    // Returns 0, or 1 if torch could not compute a product, which it has said why on stderr.
+    // `compute(slot, buffers, is_shared)` of every slot. Returns 0, or 1 with a call's error.
     template <typename Compute>
-    int for_each(int buffers_per_slot, Compute compute) {
+    int for_each(Compute compute) {
         T* buffers = static_cast<T*>(call_.buffers);
-        for (int64_t i = 0; i < call_.together; ++i)
-            compute(call_.order[i], buffers, static_cast<int>(call_.threads));
-        if (call_.together == call_.slots) return failed_;
-        std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(static_cast<int>(call_.threads))
-        {
-            // A thread's first slot is its fullest, and its buffers have the size of that one.
-            const int64_t first = call_.together + omp_get_thread_num();
-            T* own = buffers;
-            for (int64_t i = call_.together; i < first && i < call_.slots; ++i)
-                own += buffers_per_slot * num_rows(call_.order[i]) * call_.stride;
-#pragma omp single
-            next = call_.together + omp_get_num_threads();
-            for (int64_t i = first; i < call_.slots; i = next++) compute(call_.order[i], own, 1);
-        }
-        return failed_;
+        for (int64_t i = 0; i < call_.shared; ++i) compute(call_.order[i], buffers, true);
+
+        // A lane takes one slot after another. Its first is its fullest, and its buffers have the size of that one.
+        const int64_t lanes = std::min(call_.threads, call_.slots - call_.shared);
+        std::atomic<int64_t> next{call_.shared + lanes};
+        for_ranges(lanes, 1, [&](int64_t first_lane, int64_t last_lane) {
+            for (int64_t lane = first_lane; lane < last_lane; ++lane) {
+                const int64_t first = call_.shared + lane;
+                T* own = buffers;
+                for (int64_t i = call_.shared; i < first; ++i)
+                    own += call_.num_buffers * num_rows(call_.order[i]) * call_.stride;
+                for (int64_t i = first; i < call_.slots; i = next++) compute(call_.order[i], own, false);
+            }
+        });
+        return has_failed_;
+    }
+
+    // `compute(first, last)` of the rows 0 to n; on all threads if the slot is shared and they are worth waking.
+    template <typename Compute>
+    void for_rows(int64_t n, bool is_shared, Compute compute) {
+        const int64_t values_per_thread = 1 << 14;
+        if (is_shared)
+            for_ranges(n, values_per_thread / call_.inner + 1, compute);
+        else
+            compute(0, n);
     }
 
     int64_t num_rows(int64_t slot) const { return call_.first_row[slot + 1] - call_.first_row[slot]; }
@@ -94,51 +193,69 @@ class Slots {
     T* of_slot(void* matrices, int64_t slot) const {
         return static_cast<T*>(matrices) + slot * call_.inner * call_.hidden;
     }
-    float* weights(void* values, int64_t slot) const { return static_cast<float*>(values) + call_.first_row[slot]; }
+    float* of_weights(void* values, int64_t slot) const { return static_cast<float*>(values) + call_.first_row[slot]; }
 
     void multiply(const Matrix& left, const Matrix& right, const Matrix& into) {
-        const bool is_whole = left.handle != nullptr && right.handle != nullptr && into.handle != nullptr;
-        if (!is_whole || call_.mm_out(into.handle, left.handle, right.handle) != 0) failed_ = 1;
+        const bool are_there = left.handle != nullptr && right.handle != nullptr && into.handle != nullptr;
+        check(are_there && call_.mm_out(into.handle, left.handle, right.handle) == 0);
     }
     void add_product(const Matrix& left, const Matrix& right, const Matrix& to) {
-        const bool is_whole = left.handle != nullptr && right.handle != nullptr && to.handle != nullptr;
-        if (!is_whole || call_.addmm_out(to.handle, to.handle, left.handle, right.handle, 1.0, 1.0) != 0) failed_ = 1;
+        const bool are_there = left.handle != nullptr && right.handle != nullptr && to.handle != nullptr;
+        check(are_there && call_.addmm_out(to.handle, to.handle, left.handle, right.handle, 1.0, 1.0) == 0);
     }
 
    private:
-    const Call& call_;
-    std::atomic<int> failed_{0};
+    // torch's threads: its products know that they are inside and stay on theirs.
+    template <typename Compute>
+    void for_ranges(int64_t end, int64_t grain, const Compute& compute) {
+        const auto body = [](int64_t first, int64_t last, void* given) {
+            (*static_cast<const Compute*>(given))(first, last);
+        };
+        check(call_.parallel_for(0, end, grain, body, const_cast<Compute*>(&compute)) == 0);
+    }
+
+    void check(bool is_well) {
+        if (!is_well && has_failed_.exchange(1) == 0) {
+            std::strncpy(call_.error, call_.what(), sizeof call_.error - 1);
+            call_.error[sizeof call_.error - 1] = 0;
+        }
+    }
+
+    Call& call_;
+    std::atomic<int> has_failed_{0};
 };
 
 template <typename T>
-int forward(const Call& call) {
+int forward(Call& call) {
     Slots<T> slots(call);
     const int64_t D = call.hidden, F = call.inner, stride = call.stride;
-    const bool keeps = call.gate != nullptr;
-    return slots.for_each(keeps ? 1 : 3, [&](int64_t slot, T* buffers, int threads) {
+    const bool keeps = call.num_buffers == 1;
+    return slots.for_each([&](int64_t slot, T* buffers, bool is_shared) {
         const int64_t n = slots.num_rows(slot);
         if (n == 0) return;
         T* inner = buffers;
         T* gate = keeps ? slots.of_rows(call.gate, slot, F) : buffers + n * stride;
         T* up = keeps ? slots.of_rows(call.up, slot, F) : buffers + 2 * n * stride;
-        const int64_t kept_stride = keeps ? F : stride;
+        const int64_t gate_stride = keeps ? F : stride;
+        const float* weights = slots.of_weights(call.row_weights, slot);
 
         const Matrix x(call, slots.of_rows(call.rows, slot, D), n, D, D, 1);
-        const Matrix a(call, gate, n, F, kept_stride, 1), b(call, up, n, F, kept_stride, 1);
+        const Matrix a(call, gate, n, F, gate_stride, 1), b(call, up, n, F, gate_stride, 1);
         slots.multiply(x, Matrix(call, slots.of_slot(call.w1, slot), D, F, 1, D), a);
         slots.multiply(x, Matrix(call, slots.of_slot(call.w3, slot), D, F, 1, D), b);
-        swiglu::forward(gate, kept_stride, up, kept_stride, slots.weights(call.row_weights, slot), inner, stride, n, F,
-                        threads);
+        slots.for_rows(n, is_shared, [&](int64_t first, int64_t last) {
+            weighted_swiglu(gate, up, gate_stride, weights, inner, stride, first, last, F);
+        });
         slots.multiply(Matrix(call, inner, n, F, stride, 1), Matrix(call, slots.of_slot(call.w2, slot), F, D, 1, F),
                        Matrix(call, slots.of_rows(call.out, slot, D), n, D, D, 1));
     });
 }
 
 template <typename T>
-int backward(const Call& call) {
+int backward(Call& call) {
     Slots<T> slots(call);
     const int64_t D = call.hidden, F = call.inner, stride = call.stride;
-    return slots.for_each(3, [&](int64_t slot, T* buffers, int threads) {
+    return slots.for_each([&](int64_t slot, T* buffers, bool is_shared) {
         const int64_t n = slots.num_rows(slot);
         if (n == 0) {
             for (void* gradient : {call.grad1, call.grad3, call.grad2})
@@ -147,14 +264,17 @@ int backward(const Call& call) {
         }
         T *inner = buffers, *grad_gate = buffers + n * stride, *grad_up = buffers + 2 * n * stride;
         T* grad = slots.of_rows(call.grad, slot, D);
-        const Matrix x(call, slots.of_rows(call.rows, slot, D), n, D, D, 1), g(call, grad, n, D, D, 1);
+        const T *gate = slots.of_rows(call.gate, slot, F), *up = slots.of_rows(call.up, slot, F);
+        const float* weights = slots.of_weights(call.row_weights, slot);
+        float* grad_weights = slots.of_weights(call.grad_weights, slot);
+        const Matrix x(call, slots.of_rows(call.rows, slot, D), n, D, D, 1);
         const Matrix ga(call, grad_gate, n, F, stride, 1), gb(call, grad_up, n, F, stride, 1);
 
-        // First the gradient of the weighted product, in the place of that of up.
-        slots.multiply(g, Matrix(call, slots.of_slot(call.w2, slot), D, F, F, 1), gb);
-        swiglu::backward(grad_up, stride, slots.of_rows(call.gate, slot, F), F, slots.of_rows(call.up, slot, F), F,
-                         slots.weights(call.row_weights, slot), grad_gate, stride, grad_up, stride,
-                         slots.weights(call.grad_weights, slot), inner, stride, n, F, threads);
+        slots.multiply(Matrix(call, grad, n, D, D, 1), Matrix(call, slots.of_slot(call.w2, slot), D, F, F, 1), gb);
+        slots.for_rows(n, is_shared, [&](int64_t first, int64_t last) {
+            weighted_swiglu_backward(gate, up, F, weights, grad_gate, grad_up, grad_weights, inner, stride, first, last,
+                                     F);
+        });
         if (call.grad2 != nullptr)
             slots.multiply(Matrix(call, grad, D, n, 1, D), Matrix(call, inner, n, F, stride, 1),
                            Matrix(call, slots.of_slot(call.grad2, slot), D, F, F, 1));
@@ -172,9 +292,9 @@ int backward(const Call& call) {
 
 }  // namespace
 
-#define DEFINE(suffix, T)                                                                                        \
-    extern "C" int swiglu_slots_##suffix(const Call* call) { return forward<T>(*call); }                         \
-    extern "C" int swiglu_slots_backward_##suffix(const Call* call) { return backward<T>(*call); }
+#define DEFINE(suffix, T)                                                                   \
+    extern "C" int swiglu_slots_##suffix(Call* call) { return forward<T>(*call); }          \
+    extern "C" int swiglu_slots_backward_##suffix(Call* call) { return backward<T>(*call); }
 
 DEFINE(float32, float)
 DEFINE(bfloat16, uint16_t)

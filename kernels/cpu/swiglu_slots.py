@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..selection import chosen_kernels
-from .build import library
+from .. import selection
+from . import build
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TORCH_FUNCTIONS = {
@@ -21,10 +23,35 @@ _TORCH_FUNCTIONS = {
     "destroy": "aoti_torch_delete_tensor_object",
     "mm_out": "aoti_torch_cpu_mm_out",
     "addmm_out": "aoti_torch_cpu_addmm_out",
+    "parallel_for": "torch_parallel_for",
+    "what": "torch_exception_get_what_without_backtrace",
 }
 _CACHE_LINE_BYTES = 64
-_WORST_BALANCE = 1.1
-"""The fullest thread over the mean, above which slots are shared: what sharing cost, in the products that it slows."""
+_COST_OF_SHARING = 1.1
+"""Of a row whose slot is shared by all threads, beside one that a thread has for itself: 1.0 to 1.05 for large slots,
+1.4 for small ones, measured with 2 threads.
+"""
+
+_NOT_IN_TORCH = "This build of torch has no functions for C++ to call."
+
+logger = logging.getLogger(__name__)
+
+
+class _Call(ctypes.Structure):
+    """`Call` in swiglu_slots.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _TORCH_FUNCTIONS),
+        *((name, ctypes.c_int32) for name in ("dtype", "device")),
+        *((name, ctypes.c_int64) for name in ("slots", "hidden", "inner")),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("first_row", "order")),
+        *((name, ctypes.c_int64) for name in ("shared", "threads")),
+        ("buffers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_buffers", "stride")),
+        *((name, ctypes.c_void_p) for name in ("rows", "row_weights", "w1", "w3", "w2", "gate", "up", "out")),
+        *((name, ctypes.c_void_p) for name in ("grad", "grad_rows", "grad_weights", "grad1", "grad3", "grad2")),
+        ("error", ctypes.c_char * 256),
+    )
 
 
 def can_compute_swiglu_slots(rows: Tensor, row_weights: Tensor, *parameters: Tensor) -> bool:
@@ -34,14 +61,11 @@ def can_compute_swiglu_slots(rows: Tensor, row_weights: Tensor, *parameters: Ten
     must not under a `TorchDispatchMode`, such as torch's counter of FLOPs, which would not see the products.
     """
     return (
-        rows.dtype in _DTYPES
-        and row_weights.dtype == torch.float32
-        and all(tensor.dtype == rows.dtype for tensor in parameters)
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in (rows, row_weights, *parameters))
-        and chosen_kernels() == "auto"
+        _are_taken(rows, row_weights, *parameters)
+        and selection.chosen_kernels() == "auto"
         and torch._C._len_torch_dispatch_stack() == 0
-        and library() is not None
-        and _torch_functions() is not None
+        and build.library() is not None
+        and _torch_cpu() is not None
     )
 
 
@@ -63,8 +87,9 @@ def swiglu_slots(
     Raises: RuntimeError if a product fails.
     """
     out = torch.empty_like(rows)
-    call = _Call.of(rows, row_weights, rows_per_slot, w1, w3, w2, *(kept or (None, None)))
-    call.run("swiglu_slots", 1 if kept else 3, out=out)
+    gate, up = kept or (None, None)
+    inputs = {"rows": rows, "row_weights": row_weights, "w1": w1, "w3": w3, "w2": w2}
+    _run("swiglu_slots", 1 if kept else 3, rows_per_slot, inputs, gate=gate, up=up, out=out)
     return out
 
 
@@ -88,118 +113,128 @@ def swiglu_slots_backward(
     """
     grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(row_weights)
     grad1, grad3, grad2 = (torch.empty_like(t) if want else None for t, want in zip((w1, w3, w2), wants, strict=True))
+    inputs = {"rows": rows, "row_weights": row_weights, "w1": w1, "w3": w3, "w2": w2}
     gradients = {"grad_rows": grad_rows, "grad_weights": grad_weights, "grad1": grad1, "grad3": grad3, "grad2": grad2}
-    call = _Call.of(rows, row_weights, rows_per_slot, w1, w3, w2, gate, up)
-    call.run("swiglu_slots_backward", 3, grad=grad, **gradients)
+    _run("swiglu_slots_backward", 3, rows_per_slot, inputs, gate=gate, up=up, grad=grad, **gradients)
     return grad_rows, grad_weights, grad1, grad3, grad2
 
 
-class _Call(ctypes.Structure):
-    """`Call` in swiglu_slots.cpp. It holds addresses: whoever makes one keeps the tensors."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _TORCH_FUNCTIONS),
-        *((name, ctypes.c_int32) for name in ("dtype", "device")),
-        *((name, ctypes.c_int64) for name in ("slots", "hidden", "inner")),
-        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("first_row", "order")),
-        *((name, ctypes.c_int64) for name in ("together", "threads")),
-        *((name, ctypes.c_void_p) for name in ("rows", "row_weights", "w1", "w3", "w2", "gate", "up", "buffers")),
-        ("stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("out", "grad", "grad_rows", "grad_weights", "grad1", "grad3", "grad2")),
-    )
-
-    @classmethod
-    def of(
-        cls,
-        rows: Tensor,
-        row_weights: Tensor,
-        rows_per_slot: Sequence[int],
-        w1: Tensor,
-        w3: Tensor,
-        w2: Tensor,
-        gate: Tensor | None,
-        up: Tensor | None,
-    ) -> _Call:
-        """What both passes need."""
-        num_slots, inner, hidden = w1.shape
-        threads = torch.get_num_threads()
-        order, together = divide(rows_per_slot, threads)
-        torch_functions = _torch_functions()
-        assert torch_functions is not None
-        call = cls(
-            **torch_functions,
-            dtype=_codes()[rows.dtype],
-            device=_codes()["cpu"],
-            slots=num_slots,
-            hidden=hidden,
-            inner=inner,
-            first_row=(ctypes.c_int64 * (num_slots + 1))(0, *accumulate(rows_per_slot)),
-            order=(ctypes.c_int64 * num_slots)(*order),
-            together=together,
-            threads=threads,
-            stride=inner + _CACHE_LINE_BYTES // rows.element_size(),
-        )
-        call._point_to(rows=rows, row_weights=row_weights, w1=w1, w3=w3, w2=w2, gate=gate, up=up)
-        call._like = rows
-        call._most_rows = max(sum(rows_per_slot[e] for e in part) for part in (order[:1], order[together:][:threads]))
-        return call
-
-    def run(self, name: str, buffers_per_slot: int, **tensors: Tensor | None) -> None:
-        """Call the function of that name. Raises: RuntimeError if a product fails.
-
-        Buffers [n, F] are for the slots that are computed at the same time. Their rows are a cache line longer than F:
-        at powers of two, products with a transposed one are 10 to 20 % slower.
-        """
-        buffers = self._like.new_empty(buffers_per_slot * self._most_rows * self.stride)
-        self._point_to(buffers=buffers, **tensors)
-        if getattr(library(), f"{name}_{_DTYPES[self._like.dtype]}")(ctypes.byref(self)) != 0:
-            raise RuntimeError("torch could not multiply the matrices of an expert on the CPU: stderr has the reason.")
-
-    def _point_to(self, **tensors: Tensor | None) -> None:
-        for field, tensor in tensors.items():
-            setattr(self, field, None if tensor is None else tensor.data_ptr())
+def obstacle() -> str | None:
+    """A sentence that says why nothing can be computed here; None if it can."""
+    return build.obstacle() or (None if _torch_cpu() else _NOT_IN_TORCH)
 
 
 def divide(rows_per_slot: Sequence[int], threads: int) -> tuple[list[int], int]:
-    """All slots, the fullest first, and how many of them, from the first, are computed by all threads together.
+    """All slots, the fullest first, and how many of them, from the first, are shared by all threads.
 
-    The others go to single threads, each to the next that is free. As few as possible are shared: as soon as the rest
-    is divided evenly enough, no more.
+    The others go to single threads, each to the next that is free. Of a few divisions that of the least estimated time:
+    no slot shared; those that are fuller than a thread's part of what is left; these and as many that every thread gets
+    equally many of the others; all.
     """
     order = sorted(range(len(rows_per_slot)), key=rows_per_slot.__getitem__, reverse=True)
-    left = sum(rows_per_slot)
-    for together, slot in enumerate(order):
-        most = _WORST_BALANCE * left / threads
-        if rows_per_slot[slot] <= most:
-            loads = [0] * threads
-            for other in order[together:]:
-                heapq.heapreplace(loads, loads[0] + rows_per_slot[other])
-            if max(loads) <= most:
-                return order, together
-        left -= rows_per_slot[slot]
-    return order, len(order)
+    counts = [count for slot in order if (count := rows_per_slot[slot]) > 0]
+    left, too_full = sum(counts), 0
+    while too_full < len(counts) and counts[too_full] * threads > left:
+        left -= counts[too_full]
+        too_full += 1
+
+    def estimate(shared: int) -> float:
+        loads = [0] * threads
+        for count in counts[shared:]:
+            heapq.heapreplace(loads, loads[0] + count)
+        return _COST_OF_SHARING * sum(counts[:shared]) / threads + max(loads)
+
+    candidates = {0, too_full, too_full + (len(counts) - too_full) % threads, len(counts)}
+    return order, min(sorted(candidates), key=estimate)
 
 
-@cache
-def _codes() -> dict[torch.dtype | str, int]:
+def _are_taken(rows: Tensor, row_weights: Tensor, *others: Tensor) -> bool:
+    return (
+        rows.dtype in _DTYPES
+        and row_weights.dtype == torch.float32
+        and all(tensor.dtype == rows.dtype for tensor in others)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in (rows, row_weights, *others))
+    )
+
+
+def _run(
+    name: str, num_buffers: int, rows_per_slot: Sequence[int], inputs: dict[str, Tensor], **others: Tensor | None
+) -> None:
+    """Call the function of that name.
+
+    Buffers [n, F] are for the slots that are computed at the same time. Their rows end with the cache line after F's
+    last: at powers of two, products with a transposed one are 10 to 20 % slower.
+    """
+    rows, w1 = inputs["rows"], inputs["w1"]
+    tensors = inputs | {field: tensor for field, tensor in others.items() if tensor is not None}
+    _check(rows_per_slot, tensors)
+    num_slots, inner, hidden = w1.shape
+    threads = torch.get_num_threads()
+    order, shared = divide(rows_per_slot, threads)
+    at_once = max(sum(rows_per_slot[slot] for slot in part) for part in (order[:1], order[shared:][:threads]))
+    line = _CACHE_LINE_BYTES // rows.element_size()
+    stride = (-(-inner // line) + 1) * line
+    buffers = rows.new_empty(num_buffers * at_once * stride)
     torch_cpu = _torch_cpu()
-    codes: dict[torch.dtype | str, int] = {
-        dtype: getattr(torch_cpu, f"aoti_torch_dtype_{name}")() for dtype, name in _DTYPES.items()
+    assert torch_cpu is not None
+    call = _Call(
+        **torch_cpu.functions,
+        dtype=torch_cpu.dtypes[rows.dtype],
+        device=torch_cpu.device,
+        slots=num_slots,
+        hidden=hidden,
+        inner=inner,
+        first_row=(ctypes.c_int64 * (num_slots + 1))(0, *accumulate(rows_per_slot)),
+        order=(ctypes.c_int64 * num_slots)(*order),
+        shared=shared,
+        threads=threads,
+        buffers=buffers.data_ptr(),
+        num_buffers=num_buffers,
+        stride=stride,
+        **{field: tensor.data_ptr() for field, tensor in tensors.items()},
+    )
+    if getattr(build.library(), f"{name}_{_DTYPES[rows.dtype]}")(ctypes.byref(call)) != 0:
+        raise RuntimeError(f"torch could not compute an expert on the CPU: {call.error.decode(errors='replace')}")
+
+
+def _check(rows_per_slot: Sequence[int], tensors: dict[str, Tensor]) -> None:
+    """Bare pointers know no sizes. Raises: AssertionError."""
+    (num_slots, inner, hidden), num_rows = tensors["w1"].shape, len(tensors["rows"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "rows": (num_rows, hidden),
+        "row_weights": (num_rows,),
+        "w3": (num_slots, inner, hidden),
+        "w2": (num_slots, hidden, inner),
+        "gate": (num_rows, inner),
+        "up": (num_rows, inner),
+        "grad": (num_rows, hidden),
     }
-    return codes | {"cpu": torch_cpu.aoti_torch_device_type_cpu()}
+    given = {field: tensor for field, tensor in tensors.items() if field in ("w1", *shapes)}
+    for field, tensor in given.items():
+        assert tensor.shape == shapes.get(field, tensor.shape), (field, tensor.shape, shapes[field])
+    assert _are_taken(given.pop("rows"), given.pop("row_weights"), *given.values())
+    assert len(rows_per_slot) == num_slots and sum(rows_per_slot) <= num_rows and min(rows_per_slot) >= 0, rows_per_slot
+
+
+class _TorchCPU(NamedTuple):
+    """functions: addresses by their fields in `_Call`. dtypes, device: torch's codes."""
+
+    functions: dict[str, int | None]
+    dtypes: dict[torch.dtype, int]
+    device: int
 
 
 @cache
-def _torch_functions() -> dict[str, int | None] | None:
-    """Addresses of torch's functions by their fields in `_Call`; None in a build of torch without them."""
+def _torch_cpu() -> _TorchCPU | None:
+    """What this build of torch has; None, with a warning, if something is missing."""
     try:
-        torch_cpu = _torch_cpu()
-        found = {field: getattr(torch_cpu, name) for field, name in _TORCH_FUNCTIONS.items()}
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions = {field: getattr(library, name) for field, name in _TORCH_FUNCTIONS.items()}
+        return _TorchCPU(
+            functions={field: ctypes.cast(function, ctypes.c_void_p).value for field, function in functions.items()},
+            dtypes={dtype: getattr(library, f"aoti_torch_dtype_{name}")() for dtype, name in _DTYPES.items()},
+            device=library.aoti_torch_device_type_cpu(),
+        )
+    except (OSError, AttributeError) as error:
+        logger.warning("%s (%s) Plain torch computes experts on this CPU, more slowly.", _NOT_IN_TORCH, error)
         return None
-    return {field: ctypes.cast(function, ctypes.c_void_p).value for field, function in found.items()}
-
-
-@cache
-def _torch_cpu() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -172,7 +172,7 @@ def _waits_of_the_host(rank: int, world_size: int) -> dict[str, int]:
 
 
 def of_all_slots(experts: type[GatedExperts]) -> None:
-    """Let gated experts compute as on a GPU; on a CPU they go slot by slot, and ask for the rows of each."""
+    """Let gated experts compute as on a GPU; on a CPU they ask for the rows of every slot."""
 
     def forward(self: GatedExperts, rows: Tensor, weights: Tensor, rows_per_slot: Tensor) -> Tensor:
         slot_ends = rows_per_slot.cumsum(0, dtype=torch.int32)

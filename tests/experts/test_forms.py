@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynmoe_ds.experts.all_slots import GatedOfAllSlots, TwoLayersOfAllSlots
-from dynmoe_ds.experts.slot_by_slot import SlotBySlot
+from dynmoe_ds.experts.swiglu_slots import SwigluSlots
 from tests.helpers.products import HookedProducts
 from tests.helpers.reference import assert_near, expert
 
@@ -42,10 +42,10 @@ class CountedProducts(TorchDispatchMode):
 SLOT_ENDS = torch.tensor(COUNTS).cumsum(0, dtype=torch.int32)
 FORMS = {
     "swiglu": lambda rows, weights, *params: GatedOfAllSlots.apply(rows, weights, SLOT_ENDS, *params, "silu"),
-    "swiglu slot by slot": lambda rows, weights, *params: SlotBySlot.apply(rows, weights, COUNTS, *params),
+    "swiglu in C++": lambda rows, weights, *params: SwigluSlots.apply(rows, weights, COUNTS, *params),
     "gelu": lambda rows, weights, *params: TwoLayersOfAllSlots.apply(rows, weights, SLOT_ENDS, *params, "gelu"),
 }
-SHAPES["swiglu slot by slot"] = SHAPES["swiglu"]
+SHAPES["swiglu in C++"] = SHAPES["swiglu"]
 
 
 @pytest.fixture(params=FORMS)
@@ -73,7 +73,7 @@ def run(form: str, leaves: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("num_spare", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_equal_the_formula(form, dtype, num_spare):
-    if form == "swiglu slot by slot" and dtype == torch.float64:
+    if form == "swiglu in C++" and dtype == torch.float64:
         pytest.skip("C++ knows no float64")
     leaves = tensors(form, dtype, num_spare)
     num_rows = sum(COUNTS)
@@ -132,5 +132,5 @@ def test_only_parameters_inputs_and_products_are_saved(form):
     others = [tensor.shape for tensor in saved if not any(tensor is leaf for leaf in leaves.values())]
     assert len(own) == len(leaves)
     gate_up_pre = [(sum(COUNTS), F)] * (1 if form == "gelu" else 2)
-    slot_ends = [] if form == "swiglu slot by slot" else [(len(COUNTS),)]
+    slot_ends = [] if form == "swiglu in C++" else [(len(COUNTS),)]
     assert sorted(map(tuple, others)) == sorted([*slot_ends, *gate_up_pre])

@@ -15,29 +15,37 @@ _TYPES = {
 
 
 class HookedProducts:
-    """Inside the block, `threads` has the native id of the thread of every product. fails: they give an error."""
+    """Inside the block, `threads` has the native id of the thread of every product.
 
-    def __init__(self, *, fails: bool = False) -> None:
+    fails: the name of the function whose products fail, `mm_out` or `addmm_out`, since the operands come the other way
+    round.
+    """
+
+    def __init__(self, *, fails: str | None = None) -> None:
         self.threads: list[int] = []
         self._fails = fails
 
     def __enter__(self) -> HookedProducts:
-        self._functions = _MODULE._torch_functions
-        found = dict(self._functions())
-        self._kept = [self._hook(found, name) for name in _TYPES]  # a callback lives as long as its object
-        _MODULE._torch_functions = lambda: found
+        self._real = _MODULE._torch_cpu
+        found = self._real()
+        callbacks = {name: self._hook(name, found.functions[name]) for name in _TYPES}
+        self._kept = callbacks  # a callback lives as long as its object
+        addresses = {name: ctypes.cast(callback, ctypes.c_void_p).value for name, callback in callbacks.items()}
+        hooked = found._replace(functions=found.functions | addresses)
+        _MODULE._torch_cpu = lambda: hooked
         return self
 
     def __exit__(self, *_: object) -> None:
-        _MODULE._torch_functions = self._functions
+        _MODULE._torch_cpu = self._real
 
-    def _hook(self, found: dict[str, int], name: str) -> Any:
-        real = _TYPES[name](found[name])
+    def _hook(self, name: str, address: int) -> Any:
+        real = _TYPES[name](address)
 
         def call(*arguments: Any) -> int:
             self.threads.append(threading.get_native_id())
-            return 1 if self._fails else real(*arguments)
+            if name == self._fails:
+                *before, left, right = arguments[: -2 if name == "addmm_out" else None]
+                arguments = (*before, right, left, *arguments[len(before) + 2 :])
+            return real(*arguments)
 
-        callback = _TYPES[name](call)
-        found[name] = ctypes.cast(callback, ctypes.c_void_p).value or 0
-        return callback
+        return _TYPES[name](call)

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 import dynmoe_kernels as kernels
+from dynmoe_ds.experts import build_experts
 from dynmoe_kernels.cpu import build
 from tests.helpers.reference import ACTIVATIONS
 from tests.kernels.cases import Draw, assert_rounded_once, by_autograd
 
 ROOT = Path(__file__).parents[2]
-OPERATION = import_module("dynmoe_kernels.cpu.weighted_swiglu")
 
 
 @pytest.fixture
@@ -35,87 +35,72 @@ def no_library_yet() -> Iterator[None]:
 
 
 def inputs(dtype: torch.dtype, num_rows: int, width: int) -> tuple[Tensor, ...]:
-    """gate, up, the gradient of the product [n, F], as parts of longer rows, and weights [n]."""
+    """gate, up, the gradient of the product [n, F], and weights [n]."""
     draw = Draw("cpu", dtype)
-    gate, up, grad = ((scale * draw(num_rows, width + 3))[:, :width] for scale in (3, 1, 1))
+    gate, up, grad = (scale * draw(num_rows, width) for scale in (3, 1, 1))
     return gate, up, grad, torch.rand(num_rows, generator=torch.Generator().manual_seed(1))
 
 
 def run(gate: Tensor, up: Tensor, grad: Tensor, weights: Tensor) -> list[Tensor]:
-    """The product, then gradients of gate, up and weights, and the product once more."""
-    backward = kernels.weighted_gated_backward(grad, gate, up, weights, "silu", with_product=True)
-    return [kernels.weighted_gated(gate, up, weights, "silu"), *(found for found in backward if found is not None)]
+    """The product, then gradients of gate, up and weights: of one slot, whose matrices pick gate and up from rows."""
+    width = gate.shape[1]
+    first, second = torch.eye(2 * width, dtype=gate.dtype).view(2, 1, width, 2 * width)
+    parameters = (first, second, first.transpose(1, 2).contiguous())
+    rows = torch.cat([gate, up], 1)
+    kept = (torch.empty_like(gate), torch.empty_like(gate))
+    out = kernels.swiglu_slots(rows, weights, [len(gate)], *parameters, kept=kept)
+    assert all(torch.equal(*pair) for pair in zip(kept, (gate, up), strict=True))
+    grads, grad_weights, *_ = kernels.swiglu_slots_backward(
+        torch.cat([grad, torch.zeros_like(grad)], 1), rows, weights, [len(gate)], *parameters, *kept, (False,) * 3
+    )
+    return [out[:, :width], *grads.split(width, 1), grad_weights]
 
 
-@pytest.mark.parametrize("choice", ["auto", "torch"])
 @pytest.mark.parametrize("width", [1, 7, 64, 1031])
 @pytest.mark.parametrize("num_rows", [1, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_compute_the_formula(
-    dtype: torch.dtype,
-    num_rows: int,
-    width: int,
-    choice: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """`auto` in C++, one and several threads, and `torch` without it."""
-    calls = []
-    call = OPERATION._call
-    monkeypatch.setattr(OPERATION, "_call", lambda *args: (calls.append(args[0]), call(*args)))
+def test_what_stands_between_the_products_is_rounded_once(dtype: torch.dtype, num_rows: int, width: int) -> None:
+    """One and several threads."""
     gate, up, grad, weights = inputs(dtype, num_rows, width)
-    product, grad_gate, grad_up, grad_weights = by_autograd(
-        lambda a, b, w: ACTIVATIONS["silu"](a) * b * w[:, None], grad, gate, up, weights
-    )
-    with kernels.forced_kernels(choice):
-        found = run(gate, up, grad, weights)
-    assert sorted(calls) == (["weighted_swiglu", "weighted_swiglu_backward"] if choice == "auto" else [])
-    names = ("product", "grad_gate", "grad_up", "grad_weights", "product once more")
-    for name, got, want in zip(names, found, (product, grad_gate, grad_up, grad_weights, product), strict=True):
+    wanted = by_autograd(lambda a, b, w: ACTIVATIONS["silu"](a) * b * w[:, None], grad, gate, up, weights)
+    names = ("product", "grad_gate", "grad_up", "grad_weights")
+    for name, got, want in zip(names, run(gate, up, grad, weights), wanted, strict=True):
         assert_rounded_once(got, want, name)
         nearest = want.to(dtype) == got
         assert got.dtype == torch.float32 or nearest.double().mean() > 0.99, f"{name} is not rounded to nearest"
 
 
-def test_float64_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OPERATION, "_call", lambda *_: pytest.fail("C++ knows no float64"))
-    gate, up, grad, _ = inputs(torch.float64, 5, 9)
-    weights = torch.rand(5, dtype=torch.float64)
-    want = by_autograd(lambda a, b, w: ACTIVATIONS["silu"](a) * b * w[:, None], grad, gate, up, weights)
-    product, grad_gate, grad_up, grad_weights, _ = run(gate, up, grad, weights)
-    for got, expected in zip((product, grad_gate, grad_up, grad_weights), want, strict=True):
-        torch.testing.assert_close(got, expected)
+def of_value(gate: float, up: float, grad: float, weight: float, dtype: torch.dtype) -> list[float]:
+    """The product, gradients of gate, up and weight for one row of one number, whatever that is."""
+    parameters = [torch.tensor([[[value, 0.0]]], dtype=dtype) for value in (gate, 0.0)]
+    parameters[1][0, 0, 1] = up
+    rows, weights = torch.ones(1, 2, dtype=dtype), torch.tensor([weight])
+    w2, grads = torch.tensor([[[1.0], [0.0]]], dtype=dtype), torch.tensor([[grad, 0.0]], dtype=dtype)
+    kept = (torch.empty(1, 1, dtype=dtype), torch.empty(1, 1, dtype=dtype))
+    out = kernels.swiglu_slots(rows, weights, [1], *parameters, w2, kept=kept)
+    _, grad_weights, grad1, grad3, _ = kernels.swiglu_slots_backward(
+        grads, rows, weights, [1], *parameters, w2, *kept, (True, True, False)
+    )
+    return [out[0, 0].item(), grad1[0, 0, 0].item(), grad3[0, 0, 0].item(), grad_weights.item()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_values_come_out_as_from_torch(dtype: torch.dtype) -> None:
-    """Also NaN of every bit pattern, whose rounding could become a number."""
-    values = torch.tensor([0.0, -0.0, 1e-30, -60.0, 60.0, -200.0, 200.0, 3e38, -3e38]).to(dtype)
-    gate = values[None].contiguous()
-    up, weights = torch.ones_like(gate), torch.ones(1)
-    product, *_ = run(gate, up, up, weights)
-    wanted = torch.nn.functional.silu(gate.double())
-    assert ((product.double() - wanted).abs() <= 1e-2 * wanted.abs() + 1e-30).all()
-    bits = torch.tensor([[-1, 0x7F800001, 0x7FFFFFFF, 0x7FC00000]], dtype=torch.int32)
-    broken = bits.view(torch.float32) if dtype == torch.float32 else (bits >> 16 | 1).to(torch.int16).view(dtype)
-    assert broken.isnan().all()
-    ones = torch.ones_like(broken)
-    for gate, up, grad in ((broken, ones, ones), (ones, broken, ones), (ones, ones, broken)):
-        product, grad_gate, grad_up, grad_weights, _ = run(gate, up, grad, weights)
-        assert product.isnan().all() == (grad is not broken)
-        assert grad_gate.isnan().all() and grad_weights.isnan().all()
-        assert grad_up.isnan().all() == (up is not broken)
-    weight = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
-    assert all(found.isnan().all() for found in run(ones, ones, ones, weight)[:3])
-    infinite = torch.full((1, 4), torch.inf, dtype=dtype)
-    assert run(infinite, torch.ones_like(infinite), torch.ones_like(infinite), weights)[0].isinf().all()
-
-
-def test_other_shapes_do_not_reach_bare_pointers() -> None:
-    gate, up, _, weights = inputs(torch.float32, 5, 9)
-    with pytest.raises(AssertionError):
-        OPERATION.weighted_swiglu_cpp(gate, up, weights, torch.empty(5, 8))
-    with pytest.raises(AssertionError):
-        OPERATION.weighted_swiglu_cpp(gate, up, weights[:4], torch.empty(5, 9))
+    """Also NaN, whose rounding to 16 bits could become a number."""
+    for value in (0.0, -0.0, 1e-30, -60.0, 60.0, -200.0, 200.0, 3e38, -3e38):
+        exact = torch.tensor(value, dtype=dtype)
+        wanted = torch.nn.functional.silu(exact.double()).item()
+        product, *_ = of_value(exact.item(), 1.0, 1.0, 1.0, dtype)
+        assert abs(product - wanted) <= 1e-2 * abs(wanted) + 1e-30
+    nan, inf = float("nan"), float("inf")
+    for position, broken in enumerate(((nan, 1.0, 1.0), (1.0, nan, 1.0), (1.0, 1.0, nan))):
+        product, grad_gate, grad_up, grad_weight = of_value(*broken, 1.0, dtype)
+        assert isnan(product) == (position != 2)
+        assert isnan(grad_gate) and isnan(grad_weight)
+        assert isnan(grad_up) == (position != 1)
+    all_ones = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
+    assert isnan(all_ones) and all(map(isnan, of_value(1.0, 1.0, 1.0, all_ones, dtype)[:3]))
+    assert of_value(inf, 1.0, 1.0, 1.0, dtype)[0] == inf
 
 
 def test_a_library_is_compiled_once_and_found_again(
@@ -156,12 +141,13 @@ def test_without_a_library_torch_computes_and_the_log_says_why(
         case _:
             (tmp_path / "dynmoe_ds").write_text("a file in the folder's place")
             reason = "File exists"
+    experts = build_experts("swiglu", 2, 8, 4)
+    rows, counts = torch.ones(3, 8), torch.tensor([1, 2])
     with caplog.at_level(logging.WARNING):
-        found = [run(*inputs(torch.float32, 5, 9)) for _ in range(2)]
+        found = [experts(rows, torch.ones(3), counts) for _ in range(2)]
     assert [record.levelname for record in caplog.records] == ["WARNING"], "once"
     assert reason in caplog.text and "Plain torch computes experts" in caplog.text
     assert reason in str(build.obstacle())
     with kernels.forced_kernels("torch"):
-        for got, want in zip(found[0], run(*inputs(torch.float32, 5, 9)), strict=True):
-            assert torch.equal(got, want)
+        assert torch.equal(found[0], experts(rows, torch.ones(3), counts))
     assert not [path for path in (tmp_path / "dynmoe_ds").glob("*") if os.path.isdir(path)], "nothing is left aside"

@@ -71,7 +71,9 @@ def test_room_is_for_the_most_that_the_router_can_choose(router, most):
 
 def test_nothing_waits_for_the_device():
     x = torch.randn(7, 8, requires_grad=True)
-    layer = make(ROUTERS["top_any"], "gelu", dm.DispatchConfig(static_shapes=True))  # on a CPU SwiGLU goes slot by slot
+    layer = make(
+        ROUTERS["top_any"], "gelu", dm.DispatchConfig(static_shapes=True)
+    )  # on a CPU SwiGLU asks for the rows of slots
     with NoWaiting():
         layer(x).square().sum().backward()
     layer.dispatch = dm.DispatchConfig()

@@ -1,4 +1,4 @@
-"""SwiGLU experts on a CPU: the whole network one slot after another, or several at once on as many threads."""
+"""SwiGLU experts on a CPU in C++: the whole network of one slot after another, several at once on as many threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from dynmoe_kernels import swiglu_slots, swiglu_slots_backward
 
 
-class SlotBySlot(torch.autograd.Function):
-    """`w2 (w silu(w1 x) * (w3 x))` of sorted rows, a slot at a time, so that its activations are in cache when used.
+class SwigluSlots(torch.autograd.Function):
+    """`w2 (w silu(w1 x) * (w3 x))` of sorted rows in float32 or bfloat16.
 
     Beside the inputs it saves gate and up [N, F]; the weighted product is computed again, which is cheaper than storing
     it. Slots without rows cost nothing and get exact zeros as their gradients; rows of no slot are undefined, as in
