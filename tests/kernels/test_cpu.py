@@ -103,6 +103,12 @@ def test_extreme_values_come_out_as_from_torch(dtype: torch.dtype) -> None:
     assert of_value(inf, 1.0, 1.0, 1.0, dtype)[0] == inf
 
 
+def test_ties_go_to_the_even_neighbour() -> None:
+    """silu(64) is 64 in float32; bfloat16 has a step of 2^-7 at 1."""
+    for weight, wanted in ((1 + 2**-8, 1.0), (1 + 3 * 2**-8, 1 + 2**-6)):
+        assert of_value(64.0, 1.0, 1.0, weight, torch.bfloat16)[0] == 64 * wanted
+
+
 def test_a_library_is_compiled_once_and_found_again(
     no_library_yet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
