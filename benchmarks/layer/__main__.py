@@ -1,9 +1,10 @@
-r"""What do forward, backward and memory of a `MoELayer` cost beside a dense FFN of equal FLOPs and the layers of others?
+"""What do forward, backward and memory of a `MoELayer` cost beside a dense FFN of equal FLOPs and the layers of others?
 
     python -m benchmarks.layer                                   # the default cells, about half an hour on 2 cores
     python -m benchmarks.layer --experts 16 64 --k 2 4 --routing skewed --dtype bfloat16     # all combinations of these
-    python -m benchmarks.layer --experts 16 --k 2 6 --routing uniform skewed --dtype float32 bfloat16 --without-peers \
-        --rounds 16 --output docs/results/layer_targets          # the cells of the targets, in 8 minutes
+
+docs/results/layer_targets has the cells that the targets name: `--experts 16 --k 2 6 --routing uniform skewed --dtype
+float32 bfloat16 --without-peers --rounds 16`, 8 minutes.
 
 A cell is a number of experts, a mean k, a routing and a dtype. All candidates of a cell have experts of equal sizes and
 values and, as far as their routers allow, equal loads. Before a cell is timed, the peers that route as ours does must
