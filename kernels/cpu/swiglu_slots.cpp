@@ -31,7 +31,7 @@ struct Call {
     void* buffers;     // `num_buffers` [n, stride] of every slot that is computed at the same time
     int64_t num_buffers, stride;
     void *rows, *row_weights, *w1, *w3, *w2;  // [N, D], [N] float32, [s, F, D], [s, F, D], [s, D, F]
-    void *gate, *up;                          // [N, F]; without 3 buffers forwards
+    void *gate, *up;                          // [N, F]; null forwards with 3 buffers, which hold them then
     void* out;                                // [N, D]
     void *grad, *grad_rows, *grad_weights;    // [N, D], [N, D], [N]
     void *grad1, *grad3, *grad2;              // as w1, w3, w2; null where nobody wants it
@@ -153,7 +153,7 @@ class Slots {
    public:
     explicit Slots(Call& call) : call_(call) { call.error[0] = 0; }
 
-    // `compute(slot, buffers, is_shared)` of every slot. Returns 0, or 1 with a call's error.
+    // `compute(slot, buffers, is_shared)` of every slot. Returns 0, or 1 with the reason in the call's `error`.
     template <typename Compute>
     int for_each(Compute compute) {
         T* buffers = static_cast<T*>(call_.buffers);
