@@ -6,6 +6,7 @@ by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says wh
 """
 
 from .activations import ACTIVATIONS, Activation
+from .cpu.gate_scores import can_compute_gate_scores, gate_scores, gate_scores_backward
 from .cpu.swiglu_slots import can_compute_swiglu_slots, swiglu_slots, swiglu_slots_backward
 from .gather_rows import gather_rows
 from .plan import PlanIndices, plan
@@ -26,10 +27,13 @@ __all__ = [
     "PlanIndices",
     "add_weighted_bias",
     "add_weighted_bias_backward",
+    "can_compute_gate_scores",
     "can_compute_swiglu_slots",
     "chosen_kernels",
     "cosine_scores_backward",
     "forced_kernels",
+    "gate_scores",
+    "gate_scores_backward",
     "gather_rows",
     "multiply_by_slot",
     "multiply_pairs_by_slot",

@@ -143,13 +143,13 @@ def bfloat16_finding() -> Finding:
 
 
 def compiler_finding() -> Finding:
-    """Whether experts on a CPU are computed by functions that are compiled on it."""
-    from dynmoe_kernels.cpu.swiglu_slots import obstacle
+    """Whether experts and scores on a CPU are computed by functions that are compiled on it."""
+    from dynmoe_kernels.cpu.torch_cpu import obstacle
 
     reason = obstacle()
     if reason is None:
-        return Finding(state="ok", subject="c++ compiler", text="the functions for experts on CPUs are compiled")
-    return Finding(state="note", subject="c++ compiler", text=f"{reason} Experts on CPUs are slower without it.")
+        return Finding(state="ok", subject="c++ compiler", text="functions for CPUs are compiled")
+    return Finding(state="note", subject="c++ compiler", text=f"{reason} On CPUs layers are slower without it.")
 
 
 def _backend(name: str, is_there: bool, use: str, *, needed: bool) -> Finding:

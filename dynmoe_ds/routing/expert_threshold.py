@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
 from dynmoe_ds.routing.cosine import cosine_quantile
+from dynmoe_ds.routing.logits import gate_logits
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.score_histogram import NUM_BINS, kth_greatest, score_histogram
@@ -119,8 +120,8 @@ class ExpertThresholdRouter(Router):
         config = self.config
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
+            scores = gate_logits(hidden, self.weight)
             hidden, weight = hidden.to(dtype), self.weight.to(dtype)
-            scores = hidden @ weight.T
             eligible = eligible_pairs(active, real, len(hidden))
             margins = scores.detach() - self._thresholds(hidden.detach(), weight.detach(), active)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dynmoe_ds.routing import losses
 from dynmoe_ds.routing.budget import Budget, BudgetConfig
 from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
+from dynmoe_ds.routing.logits import gate_logits
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
@@ -175,9 +176,8 @@ class ReluRouter(Router):
     def forward(self, hidden: Tensor, active: Tensor, real: Tensor | None) -> Routing:
         """Route `hidden` [T, D] over the live slots `active` [S] bool; `real` [T] bool is False for padding."""
         config = self.config
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = config.score_scale * (hidden.to(dtype) @ self.weight.to(dtype).T)
+            scores = config.score_scale * gate_logits(hidden, self.weight)
             eligible = eligible_pairs(active, real, len(hidden))
             is_open = (scores > 0) & eligible
             aux = self._aux_losses(scores, is_open, eligible, active, real)

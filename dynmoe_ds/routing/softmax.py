@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe_ds.routing import losses
 from dynmoe_ds.routing.balancing_bias import add_selection_bias, bias_faults, move_selection_bias
+from dynmoe_ds.routing.logits import gate_logits
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing
 
@@ -145,8 +146,7 @@ class SoftmaxRouter(Router):
         if self.config.num_null_experts > 0:
             rows = torch.cat([self.weight, self.null_weight])
             competing = F.pad(active, (0, self.config.num_null_experts), value=True)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits = F.linear(hidden.to(dtype), rows.to(dtype)).masked_fill(~competing, -torch.inf)
+        logits = gate_logits(hidden, rows).masked_fill(~competing, -torch.inf)
         return SoftmaxScores(logits=logits, probs=torch.softmax(logits, dim=1), competing=competing)
 
     def _selection_scores(self, scores: SoftmaxScores) -> Tensor:

@@ -14,6 +14,7 @@ from dynmoe_ds.routing.balancing_bias import SELECTION_BIAS, add_selection_bias,
 from dynmoe_ds.routing.budget import Budget, BudgetConfig
 from dynmoe_ds.routing.choice import best_expert, eligible_pairs, keep_greatest, without_choice
 from dynmoe_ds.routing.cosine import cosine_gates, cosine_quantile, cosine_scores
+from dynmoe_ds.routing.logits import gate_logits
 from dynmoe_ds.routing.records import RoutingRecords
 from dynmoe_ds.routing.router import Router, RouterConfig, Routing, register_router
 from dynmoe_ds.routing.splitting import SplitExpert, halving_threshold
@@ -252,7 +253,7 @@ class TopAnyRouter(Router):
         """Scores [T, S], 0 for free slots; `rows` [S, D] are the `weight` [S, D] of the live slots at length 1."""
         if self.config.score == "cosine":
             return cosine_scores(hidden, rows)
-        logits = (hidden.to(weight.dtype) @ weight.T).masked_fill(~active, -torch.inf)
+        logits = gate_logits(hidden, weight).masked_fill(~active, -torch.inf)
         return torch.where(active, torch.log_softmax(logits, dim=1) + active.sum().to(logits.dtype).log(), 0.0)
 
     def _thresholds(self, threshold: Tensor, bias: Tensor | None, active: Tensor) -> Tensor:

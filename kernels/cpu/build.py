@@ -1,4 +1,4 @@
-"""Compiles the C++ source beside this file, once per machine, and loads it."""
+"""Compiles the C++ sources beside this file, once per machine, and loads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "swiglu_slots.cpp"
+_FOLDER = Path(__file__).parent
+SOURCES = sorted(_FOLDER.glob("*.cpp"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 
 # None of these lets the compiler forget NaN or infinity.
 FLAGS = (
@@ -38,7 +40,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be had, for which `obstacle` has the reason."""
     found = _load()
     if isinstance(found, str):
-        logger.warning("%s Plain torch computes experts on this CPU, more slowly.", found)
+        logger.warning("%s Plain torch computes on this CPU, more slowly.", found)
         return None
     return found
 
@@ -53,7 +55,7 @@ def obstacle() -> str | None:
 def _load() -> ctypes.CDLL | str:
     """The library, or a sentence that says why there is none.
 
-    The file is kept in `$XDG_CACHE_HOME/dynmoe_ds` (`~/.cache`), under a name that changes with the source, the
+    The file is kept in `$XDG_CACHE_HOME/dynmoe_ds` (`~/.cache`), under a name that changes with the sources, the
     compiler and the processor. Several processes may compile at once: the file appears by a rename.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++")), None)
@@ -70,14 +72,15 @@ def _compiled(compiler: list[str]) -> Path:
     """The path of the compiled library. Raises: OSError or subprocess.SubprocessError if it cannot be made."""
     told = _run([*compiler, "--version"])
     flags = [*FLAGS, *(_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), told, *flags, _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *_HEADERS)]
+    key = "\n".join([*texts, told, *flags, _processor()])
     name = f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynmoe_ds"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / name
-            _run([*compiler, *flags, str(SOURCE), "-o", str(made)])
+            _run([*compiler, *flags, *map(str, SOURCES), "-o", str(made)])
             made.replace(folder / name)
     return folder / name
 

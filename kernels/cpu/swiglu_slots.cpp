@@ -12,6 +12,9 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "numbers.h"
+#include "threads.h"
+
 using Handle = void*;
 
 // Fields and their order are those of `_Call` in swiglu_slots.py. Matrices are contiguous; s slots, N rows, D, F.
@@ -20,7 +23,7 @@ struct Call {
     int32_t (*destroy)(Handle);
     int32_t (*mm_out)(Handle, Handle, Handle);
     int32_t (*addmm_out)(Handle, Handle, Handle, Handle, double, double);
-    int32_t (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+    ParallelFor parallel_for;
     const char* (*what)();  // the last error of this thread
     int32_t dtype, device;  // torch's codes
     int64_t slots, hidden, inner;  // s, D, F
@@ -39,28 +42,6 @@ struct Call {
 };
 
 namespace {
-
-float bits_to_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-float load(float value) { return value; }
-float load(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
-
-void store(float value, float* place) { *place = value; }
-void store(float value, uint16_t* place) {
-    uint32_t bits = float_to_bits(value);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    *place = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
-}
 
 // e^x to about a unit in the last place; at least e^-87, and infinite above e^88. A polynomial instead of std::exp, which
 // compilers do not vectorise everywhere.
@@ -162,7 +143,7 @@ class Slots {
         // A lane takes one slot after another. Its first is its fullest, and its buffers have the size of that one.
         const int64_t lanes = std::min(call_.threads, call_.slots - call_.shared);
         std::atomic<int64_t> next{call_.shared + lanes};
-        for_ranges(lanes, 1, [&](int64_t first_lane, int64_t last_lane) {
+        const auto run = [&](int64_t first_lane, int64_t last_lane) {
             for (int64_t lane = first_lane; lane < last_lane; ++lane) {
                 const int64_t first = call_.shared + lane;
                 T* own = buffers;
@@ -170,7 +151,8 @@ class Slots {
                     own += call_.num_buffers * num_rows(call_.order[i]) * call_.stride;
                 for (int64_t i = first; i < call_.slots; i = next++) compute(call_.order[i], own, false);
             }
-        });
+        };
+        check(for_ranges(call_.parallel_for, lanes, 1, run) == 0);
         return has_failed_;
     }
 
@@ -179,7 +161,7 @@ class Slots {
     void for_rows(int64_t n, bool is_shared, Compute compute) {
         const int64_t values_per_thread = 1 << 14;
         if (is_shared)
-            for_ranges(n, values_per_thread / call_.inner + 1, compute);
+            check(for_ranges(call_.parallel_for, n, values_per_thread / call_.inner + 1, compute) == 0);
         else
             compute(0, n);
     }
@@ -205,15 +187,6 @@ class Slots {
     }
 
    private:
-    // torch's threads: its products know that they are inside and stay on theirs.
-    template <typename Compute>
-    void for_ranges(int64_t end, int64_t grain, const Compute& compute) {
-        const auto body = [](int64_t first, int64_t last, void* given) {
-            (*static_cast<const Compute*>(given))(first, last);
-        };
-        check(call_.parallel_for(0, end, grain, body, const_cast<Compute*>(&compute)) == 0);
-    }
-
     void check(bool is_well) {
         if (!is_well && has_failed_.exchange(1) == 0) {
             std::strncpy(call_.error, call_.what(), sizeof call_.error - 1);

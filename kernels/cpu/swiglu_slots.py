@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import heapq
-import logging
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import selection
 from . import build
+from .torch_cpu import DTYPES, FUNCTIONS, may_compute, torch_cpu
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_TORCH_FUNCTIONS = {
-    "create": "aoti_torch_create_tensor_from_blob",
-    "destroy": "aoti_torch_delete_tensor_object",
-    "mm_out": "aoti_torch_cpu_mm_out",
-    "addmm_out": "aoti_torch_cpu_addmm_out",
-    "parallel_for": "torch_parallel_for",
-    "what": "torch_exception_get_what_without_backtrace",
-}
 _CACHE_LINE_BYTES = 64
 _COST_OF_SHARING = 1.1
 """Of a row whose slot is shared by all threads, beside one that a thread has for itself: 1.0 to 1.05 for large slots,
 1.4 for small ones, measured with 2 threads.
 """
 
-_NOT_IN_TORCH = "This build of torch has no functions for C++ to call."
-
-logger = logging.getLogger(__name__)
-
 
 class _Call(ctypes.Structure):
     """`Call` in swiglu_slots.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _TORCH_FUNCTIONS),
+        *((name, ctypes.c_void_p) for name in FUNCTIONS),
         *((name, ctypes.c_int32) for name in ("dtype", "device")),
         *((name, ctypes.c_int64) for name in ("slots", "hidden", "inner")),
         *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("first_row", "order")),
@@ -57,16 +40,9 @@ class _Call(ctypes.Structure):
 def can_compute_swiglu_slots(rows: Tensor, row_weights: Tensor, *parameters: Tensor) -> bool:
     """Whether `swiglu_slots` can work on these tensors, and may: with `auto` alone.
 
-    It takes contiguous rows and parameters of one dtype, float32 or bfloat16, on a CPU, and row_weights in float32. It
-    must not under a `TorchDispatchMode`, such as torch's counter of FLOPs, which would not see the products.
+    It takes contiguous rows and parameters of one dtype, float32 or bfloat16, on a CPU, and row_weights in float32.
     """
-    return (
-        _are_taken(rows, row_weights, *parameters)
-        and selection.chosen_kernels() == "auto"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and build.library() is not None
-        and _torch_cpu() is not None
-    )
+    return _are_taken(rows, row_weights, *parameters) and may_compute()
 
 
 def swiglu_slots(
@@ -119,11 +95,6 @@ def swiglu_slots_backward(
     return grad_rows, grad_weights, grad1, grad3, grad2
 
 
-def obstacle() -> str | None:
-    """A sentence that says why nothing can be computed here; None if it can."""
-    return build.obstacle() or (None if _torch_cpu() else _NOT_IN_TORCH)
-
-
 def divide(rows_per_slot: Sequence[int], threads: int) -> tuple[list[int], int]:
     """All slots, the fullest first, and how many of them, from the first, are shared by all threads.
 
@@ -150,7 +121,7 @@ def divide(rows_per_slot: Sequence[int], threads: int) -> tuple[list[int], int]:
 
 def _are_taken(rows: Tensor, row_weights: Tensor, *others: Tensor) -> bool:
     return (
-        rows.dtype in _DTYPES
+        rows.dtype in DTYPES
         and row_weights.dtype == torch.float32
         and all(tensor.dtype == rows.dtype for tensor in others)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in (rows, row_weights, *others))
@@ -175,12 +146,12 @@ def _run(
     line = _CACHE_LINE_BYTES // rows.element_size()
     stride = (-(-inner // line) + 1) * line
     buffers = rows.new_empty(num_buffers * at_once * stride)
-    torch_cpu = _torch_cpu()
-    assert torch_cpu is not None
+    of_torch = torch_cpu()
+    assert of_torch is not None
     call = _Call(
-        **torch_cpu.functions,
-        dtype=torch_cpu.dtypes[rows.dtype],
-        device=torch_cpu.device,
+        **of_torch.functions,
+        dtype=of_torch.dtypes[rows.dtype],
+        device=of_torch.device,
         slots=num_slots,
         hidden=hidden,
         inner=inner,
@@ -193,7 +164,7 @@ def _run(
         stride=stride,
         **{field: tensor.data_ptr() for field, tensor in tensors.items()},
     )
-    if getattr(build.library(), f"{name}_{_DTYPES[rows.dtype]}")(ctypes.byref(call)) != 0:
+    if getattr(build.library(), f"{name}_{DTYPES[rows.dtype]}")(ctypes.byref(call)) != 0:
         raise RuntimeError(f"torch could not compute an expert on the CPU: {call.error.decode(errors='replace')}")
 
 
@@ -214,27 +185,3 @@ def _check(rows_per_slot: Sequence[int], tensors: dict[str, Tensor]) -> None:
         assert tensor.shape == shapes.get(field, tensor.shape), (field, tensor.shape, shapes[field])
     assert _are_taken(given.pop("rows"), given.pop("row_weights"), *given.values())
     assert len(rows_per_slot) == num_slots and sum(rows_per_slot) <= num_rows and min(rows_per_slot) >= 0, rows_per_slot
-
-
-class _TorchCPU(NamedTuple):
-    """functions: addresses by their fields in `_Call`. dtypes, device: torch's codes."""
-
-    functions: dict[str, int | None]
-    dtypes: dict[torch.dtype, int]
-    device: int
-
-
-@cache
-def _torch_cpu() -> _TorchCPU | None:
-    """What this build of torch has; None, with a warning, if something is missing."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        functions = {field: getattr(library, name) for field, name in _TORCH_FUNCTIONS.items()}
-        return _TorchCPU(
-            functions={field: ctypes.cast(function, ctypes.c_void_p).value for field, function in functions.items()},
-            dtypes={dtype: getattr(library, f"aoti_torch_dtype_{name}")() for dtype, name in _DTYPES.items()},
-            device=library.aoti_torch_device_type_cpu(),
-        )
-    except (OSError, AttributeError) as error:
-        logger.warning("%s (%s) Plain torch computes experts on this CPU, more slowly.", _NOT_IN_TORCH, error)
-        return None

@@ -26,17 +26,17 @@ class HookedProducts:
         self._fails = fails
 
     def __enter__(self) -> HookedProducts:
-        self._real = _MODULE._torch_cpu
+        self._real = _MODULE.torch_cpu
         found = self._real()
         callbacks = {name: self._hook(name, found.functions[name]) for name in _TYPES}
         self._kept = callbacks  # a callback lives as long as its object
         addresses = {name: ctypes.cast(callback, ctypes.c_void_p).value for name, callback in callbacks.items()}
         hooked = found._replace(functions=found.functions | addresses)
-        _MODULE._torch_cpu = lambda: hooked
+        _MODULE.torch_cpu = lambda: hooked
         return self
 
     def __exit__(self, *_: object) -> None:
-        _MODULE._torch_cpu = self._real
+        _MODULE.torch_cpu = self._real
 
     def _hook(self, name: str, address: int) -> Any:
         real = _TYPES[name](address)

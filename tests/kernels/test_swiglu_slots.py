@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynmoe_kernels as kernels
-from dynmoe_kernels.cpu import build
+from dynmoe_kernels.cpu import build, torch_cpu
 from dynmoe_kernels.cpu.swiglu_slots import divide
 from tests.helpers.products import HookedProducts
 from tests.helpers.reference import assert_near
@@ -195,12 +195,12 @@ def test_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     with monkeypatch.context() as patch:
         patch.setattr(build, "library", lambda: None)
         assert not can(tensors)
-    monkeypatch.setitem(MODULE._TORCH_FUNCTIONS, "create", "not_in_this_build")
-    MODULE._torch_cpu.cache_clear()
+    monkeypatch.setitem(torch_cpu.FUNCTIONS, "create", "not_in_this_build")
+    torch_cpu.torch_cpu.cache_clear()
     try:
         assert not can(tensors) and not can(tensors)
-        assert MODULE.obstacle() == "This build of torch has no functions for C++ to call."
+        assert torch_cpu.obstacle() == "This build of torch has no functions for C++ to call."
         (record,) = caplog.records
         assert "not_in_this_build" in record.message and "more slowly" in record.message
     finally:
-        MODULE._torch_cpu.cache_clear()
+        torch_cpu.torch_cpu.cache_clear()
