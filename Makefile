@@ -43,8 +43,9 @@ demo-vl: setup data/digits
 data/digits: | setup
 	$(BIN)/python -m dynmoe_ds.data.digit_questions $@
 
+# Two workers, since tests wait for programs that start more than they compute. A file's tests stay together: they share runs.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Root and Debian's packages are needed; what is missing is skipped with a sentence, and where all of it is, that is a failure.
 test-cluster: setup

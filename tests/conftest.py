@@ -8,6 +8,7 @@ import signal
 # it reads this at its first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+import pytest
 import torch
 
 # Shells start background jobs with SIGINT ignored, nohup ignores SIGHUP, and children inherit that: tests of both would
@@ -18,6 +19,11 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # Models of tests are so small that threads only wait for one another, most of all on a machine that has other work.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or one of several workers would be left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("launcher") is None)
 
 
 def pytest_collection_finish() -> None:
