@@ -11,7 +11,7 @@ from collections.abc import Iterator
 def lasting_imports() -> Iterator[None]:
     """Import inside: faster, and no later search for garbage looks at what is there by then, that at exit included.
 
-    torch, DeepSpeed and transformers are so many objects that searching them takes longer than any of our own work.
+    torch, DeepSpeed and transformers are so many objects that searching them is seconds of a rank that starts and ends.
     """
     was_enabled = gc.isenabled()
     gc.disable()
