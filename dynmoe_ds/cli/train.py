@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dynmoe_ds.cli import launcher_watch
 from dynmoe_ds.cli.given_ranks import adopt_rank
 from dynmoe_ds.cli.help_text import EXIT_CODES, override_help
+from dynmoe_ds.cli.lasting_imports import lasting_imports
 from dynmoe_ds.cli.stop_requests import StopRequests
 from dynmoe_ds.errors import ConfigError, DynMoEError
 from dynmoe_ds.launching.variables import EXIT_NOTE_VARIABLE, STOP_FILE_VARIABLE
@@ -87,9 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
     adopt_rank(os.environ)
     if "RANK" in os.environ:
         return _run_rank(arguments)
-    from dynmoe_ds.cli import launcher
+    with lasting_imports():
+        from dynmoe_ds.cli import launcher
 
-    config = _config(arguments)
+        config = _config(arguments)
     num_ranks = config.parallel.num_ranks
     launcher.check_devices(num_ranks)
     environment = launcher.rank_environment(os.environ, num_ranks=num_ranks, run_dir=config.run_dir)
@@ -176,13 +178,15 @@ def _train(arguments: argparse.Namespace, world_size: int, should_stop: Callable
 
     Raises: ConfigError for another number of ranks than configured.
     """
-    config = _config(arguments)
+    with lasting_imports():
+        config = _config(arguments)
     if config.parallel.num_ranks != world_size:
         raise ConfigError(
             f"parallel.num_ranks is {config.parallel.num_ranks} but the launcher started {world_size}. Add "
             f"parallel.num_ranks={world_size}, or start {config.parallel.num_ranks} ranks."
         )
-    from dynmoe_ds.training.run import train
+    with lasting_imports():
+        from dynmoe_ds.training.run import train
 
     train(config, should_stop)
 

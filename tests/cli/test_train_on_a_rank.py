@@ -56,6 +56,12 @@ def test_a_users_fault_ends_at_once_with_a_message(tmp_path: Path) -> None:
     assert (code, complained) == (2, "[rank 0] No text. Write some.\n")
 
 
+def test_garbage_is_collected_in_training_but_not_among_what_was_imported(tmp_path: Path) -> None:
+    body = "import gc; print(gc.isenabled(), any(one is sys for one in gc.get_objects()), flush=True)"
+    code, said, complained = end(start(tmp_path, f"{body}; raise DataError('Enough.')"))
+    assert (code, said.splitlines()[-1]) == (2, "True False"), complained
+
+
 def test_another_rank_lets_rank_zero_speak_first(tmp_path: Path) -> None:
     process = start(tmp_path, "raise DataError('Only here.')", rank=1)
     assert process.stdout is not None

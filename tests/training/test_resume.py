@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.no_report import draw_no_report
 from tests.helpers.run_config import changed, small_run
 from tests.helpers.run_lines import run_lines, what_was_written
 from tests.helpers.spawn import RankFailed, run_ranks
@@ -32,6 +33,11 @@ def config(folder: Path | str, asynchronous: bool = False, **values: Any) -> Run
 
 def train(rank: int, world_size: int, run: RunConfig, asked_after: int | None = None) -> int:
     """The step it went on from. It is asked to stop after as many steps of its own, if at all."""
+    draw_no_report()
+    return train_and_report(rank, world_size, run, asked_after)
+
+
+def train_and_report(rank: int, world_size: int, run: RunConfig, asked_after: int | None = None) -> int:
     num_steps = itertools.count(1)
     trainer = Trainer(run, should_stop=lambda: next(num_steps) == asked_after)
     trainer.run()
@@ -39,7 +45,7 @@ def train(rank: int, world_size: int, run: RunConfig, asked_after: int | None = 
 
 
 def train_each(rank: int, world_size: int, *runs: RunConfig) -> list[int]:
-    return [train(rank, world_size, run) for run in runs]
+    return [train_and_report(rank, world_size, run) for run in runs]
 
 
 def die_at(rank: int, world_size: int, run: RunConfig, step: int) -> None:
@@ -124,7 +130,7 @@ def changes(folder: Path, before: dict[str, bytes]) -> list[str]:
 def test_a_finished_run_is_not_run_again(tmp_path: Path, every_steps: int) -> None:
     folder = tmp_path / "finished"
     run = changed(config(folder), checkpoint__every_steps=every_steps)
-    assert run_ranks(train, 2, run, timeout_s=120) == [0, 0]
+    assert run_ranks(train_and_report, 2, run, timeout_s=120) == [0, 0]
     before = contents(folder)
     assert finished_steps(folder) == 12 and run_lines(folder, "metrics")[-1]["step"] == 12
     shorter = changed(run, training__steps=9)
@@ -233,6 +239,7 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path: Path, undistu
 
 
 def be_preempted(rank: int, world_size: int, run: RunConfig) -> str:
+    draw_no_report()
     steps = 0
 
     def should_stop() -> bool:
@@ -261,6 +268,7 @@ def test_a_run_that_one_rank_is_asked_to_stop_goes_on(tmp_path: Path, undisturbe
 
 
 def fail_to_save(rank: int, world_size: int, run: RunConfig) -> None:
+    draw_no_report()
     trainer = Trainer(run)
     folder = trainer.checkpoints.folder
     ordinary = trainer._train_step
