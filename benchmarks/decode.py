@@ -30,7 +30,7 @@ EXPLANATION = (
     f"candidates take turns. {NUM_EXPERTS} experts; the mean k of each router at evaluation, where tokens without an "
     f"open gate get an expert, is beside its name. The dense FFN has the FLOPs of {K} experts and that many weights to "
     "read; for several tokens the others read those of more experts. DeepSpeed's layer that drops tokens is left out: "
-    "its capacity for so few is another."
+    "its capacity for so few is another. Peers whose forward pass sums up a loss do so here, too."
 )
 
 

@@ -1,12 +1,12 @@
 """Operations on rows, each as a Triton kernel and as a plain-torch twin of the same signature.
 
-`swiglu_slots` is neither: it is C++ for CPUs, where `can_compute_swiglu_slots` says yes. None of them is differentiable
-by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of the two computes;
+`swiglu_slots` and `gate_scores` are neither: they are C++ for CPUs, where `can_compute_…` says yes. None of them is
+differentiable by itself: `dynmoe_ds` puts them into autograd functions. `selection.py` says which of the two computes;
 `docs/kernels.md` what the kernels cost. Nothing here imports `dynmoe_ds`.
 """
 
 from .activations import ACTIVATIONS, Activation
-from .cpu.gate_scores import can_compute_gate_scores, gate_scores, gate_scores_backward
+from .cpu.gate_scores import can_compute_gate_scores, gate_cosines, gate_scores, gate_scores_backward
 from .cpu.swiglu_slots import can_compute_swiglu_slots, swiglu_slots, swiglu_slots_backward
 from .gather_rows import gather_rows
 from .plan import PlanIndices, plan
@@ -32,6 +32,7 @@ __all__ = [
     "chosen_kernels",
     "cosine_scores_backward",
     "forced_kernels",
+    "gate_cosines",
     "gate_scores",
     "gate_scores_backward",
     "gather_rows",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu.gate_scores import can_compute_gate_scores, gate_scores, gate_scores_backward
+from .cpu.gate_scores import can_compute_gate_scores, gate_cosines, gate_scores_backward
 from .selection import use_triton
 
 _VALUES_PER_PART = 1 << 16  # in float32 a quarter of a megabyte
@@ -26,8 +26,7 @@ def top_any_gates(
 
         return launch_top_any_gates(hidden, unit_rows, threshold, active)
     if can_compute_gate_scores(hidden, unit_rows):
-        scores, lengths = gate_scores(hidden, unit_rows, as_cosines=True)
-        assert lengths is not None
+        scores, lengths = gate_cosines(hidden, unit_rows)
         return scores, lengths, (scores > threshold) & active
     return top_any_gates_torch(hidden, unit_rows, threshold, active)
 
@@ -41,7 +40,9 @@ def cosine_scores_backward(
 
         return launch_cosine_scores_backward(grad, hidden, unit_rows, lengths, scores)
     if can_compute_gate_scores(hidden, unit_rows):
-        return gate_scores_backward(grad, hidden, unit_rows, scores, lengths)
+        grad_hidden, grad_rows = gate_scores_backward(grad, hidden, unit_rows, (scores, lengths), (True, True))
+        assert grad_hidden is not None and grad_rows is not None
+        return grad_hidden, grad_rows
     return cosine_scores_backward_torch(grad, hidden, unit_rows, lengths, scores)
 
 

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, or one of several workers would be left alone with it at the end."""
+    """The longest first, those of the launcher, or one worker would be left alone with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("launcher") is None)
 
 

@@ -118,12 +118,10 @@ class ExpertThresholdRouter(Router):
     def forward(self, hidden: Tensor, active: Tensor, real: Tensor | None) -> Routing:
         """Route `hidden` [T, D] over the live slots `active` [S] bool; `real` [T] bool is False for padding."""
         config = self.config
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = gate_logits(hidden, self.weight)
-            hidden, weight = hidden.to(dtype), self.weight.to(dtype)
             eligible = eligible_pairs(active, real, len(hidden))
-            margins = scores.detach() - self._thresholds(hidden.detach(), weight.detach(), active)
+            margins = scores.detach() - self._thresholds(hidden.detach(), active)
 
             passed = (margins > 0) & eligible
             unrouted = without_choice(passed, real)
@@ -175,9 +173,11 @@ class ExpertThresholdRouter(Router):
         threshold[halves] = torch.stack([halving_threshold(column, load) for column in scores.T]).to(threshold)
         return {"threshold": threshold}
 
-    def _thresholds(self, hidden: Tensor, weight: Tensor, active: Tensor) -> Tensor:
-        """What the scores of hidden [T, D] with rows `weight` [S, D] are compared with: [T, S]."""
+    def _thresholds(self, hidden: Tensor, active: Tensor) -> Tensor:
+        """What the scores of hidden [T, D] are compared with: [T, S], in float32 at least."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         share = self.config.target_k / active.sum().double()
-        lengths = torch.linalg.vector_norm(hidden, dim=1)[:, None] * torch.linalg.vector_norm(weight, dim=1)
-        start = cosine_quantile(share, hidden.shape[1]).to(hidden.dtype) * lengths
-        return torch.where(self.num_updates > 0, self.threshold.to(hidden.dtype), start)
+        of_tokens = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
+        of_rows = torch.linalg.vector_norm(self.weight.detach(), dim=1, dtype=dtype)
+        start = cosine_quantile(share, hidden.shape[1]).to(dtype) * of_tokens[:, None] * of_rows
+        return torch.where(self.num_updates > 0, self.threshold.to(dtype), start)

@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#include "numbers.h"
 #include "threads.h"
 
 // Fields and their order are those of `_Call` in gate_scores.py. Matrices are contiguous; T tokens, S slots, D.
@@ -23,16 +23,22 @@ struct ScoresCall {
     float* scores;                 // [T, S]
     float* lengths;                // [T], or null
     const float* grad;             // [T, S]
-    void* grad_hidden;             // [T, D]
-    float* grad_rows;              // [parts, S, D]: of a part of the tokens each, to be summed
+    void* grad_hidden;             // [T, D]; null where nobody wants it
+    float* grad_rows;              // [parts, S, D]: of a part of the tokens each, to be summed; or null
     int64_t parts;
 };
 
 namespace {
 
-// A tile is of 8 rows and 1 or 2 vectors: as many sums as an AVX-512 core needs at once, and has registers for.
-constexpr int kLanes = 16, kTile = 8;
-constexpr int64_t kTokensPerBlock = 32;  // few enough for the nearest cache
+// A tile is of kTile rows and up to kVectors vectors: as many sums as a core needs at once, and has registers for.
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kVectors = 2;
+#else
+constexpr int kLanes = 8, kVectors = 1;
+#endif
+constexpr int kTile = 8, kSlots = kVectors * kLanes;
+constexpr int64_t kPadding = 16;         // what widths are multiples of
+constexpr int64_t kTokensPerBlock = 32;  // whose gradients of scores stay in the nearest cache
 constexpr int64_t kTermsPerSum = 256;    // more are added in several sums, which keeps float32's precision
 constexpr float kShortest = 1e-12f;      // of tokens that have a direction
 
@@ -52,7 +58,7 @@ Vector load_vector(const uint16_t* from) {
 }
 
 void store_vector(Vector values, float* to) { std::memcpy(to, &values, sizeof values); }
-void store_vector(Vector values, uint16_t* to) {  // as `store` of numbers.h
+void store_vector(Vector values, uint16_t* to) {  // to nearest, ties to even, as in swiglu_slots.cpp
     const Bits bits = reinterpret_cast<Bits>(values);
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits is_number = reinterpret_cast<Bits>(values == values);
@@ -69,7 +75,7 @@ float sum(Vector values) {
 // Products of kTile tokens `x`, `stride` apart, with kLanes * V slots from s.
 template <int V>
 void score_tile(const ScoresCall& call, int64_t num_columns, const float* x, int64_t stride, int64_t s,
-                float (&into)[kTile][2 * kLanes]) {
+                float (&into)[kTile][kSlots]) {
     Vector total[kTile][V] = {};
     for (int64_t begin = 0; begin < call.width; begin += kTermsPerSum) {
         const int64_t end = std::min(begin + kTermsPerSum, call.width);
@@ -88,12 +94,12 @@ void score_tile(const ScoresCall& call, int64_t num_columns, const float* x, int
 
 template <typename T>
 void forward(const ScoresCall& call, int64_t first, int64_t last) {
-    const int64_t S = call.slots, D = call.width, num_columns = (S + kLanes - 1) / kLanes * kLanes;
-    const int64_t stride = D + kLanes;  // at powers of two the tokens of a tile would push each other out of the cache
+    const int64_t S = call.slots, D = call.width, num_columns = (S + kPadding - 1) / kPadding * kPadding;
+    const int64_t stride = D + kPadding;  // at powers of two tokens of a tile would push each other out of the cache
     std::vector<float> x(kTile * stride);
     for (int64_t tile = first; tile < last; tile += kTile) {
         const int num_tokens = std::min<int64_t>(kTile, last - tile);
-        float lengths[kTile];
+        float divisors[kTile];
         for (int i = 0; i < num_tokens; ++i) {
             const T* token = static_cast<const T*>(call.hidden) + (tile + i) * D;
             Vector squares = {};
@@ -102,35 +108,36 @@ void forward(const ScoresCall& call, int64_t first, int64_t last) {
                 squares += values * values;
                 store_vector(values, &x[i * stride + d]);
             }
+            divisors[i] = 1.0f;
+            if (call.lengths == nullptr) continue;
             const float length = std::sqrt(sum(squares));
-            lengths[i] = length < kShortest ? __builtin_inff() : length;
-            if (call.lengths != nullptr) call.lengths[tile + i] = lengths[i];
+            divisors[i] = call.lengths[tile + i] = length < kShortest ? __builtin_inff() : length;
         }
-        for (int64_t s = 0; s < S; s += 2 * kLanes) {
-            float products[kTile][2 * kLanes];
+        for (int64_t s = 0; s < S; s += kSlots) {
+            float products[kTile][kSlots];
             if (s + kLanes < S)
-                score_tile<2>(call, num_columns, x.data(), stride, s, products);
+                score_tile<kVectors>(call, num_columns, x.data(), stride, s, products);
             else
                 score_tile<1>(call, num_columns, x.data(), stride, s, products);
-            const int num_slots = std::min<int64_t>(2 * kLanes, S - s);
+            const int num_slots = std::min<int64_t>(kSlots, S - s);
             for (int i = 0; i < num_tokens; ++i) {
-                const float divisor = call.lengths == nullptr ? 1.0f : lengths[i];
                 float* scores = call.scores + (tile + i) * S + s;
-                for (int j = 0; j < num_slots; ++j) scores[j] = products[i][j] / divisor;
+                for (int j = 0; j < num_slots; ++j) scores[j] = products[i][j] / divisors[i];
             }
         }
     }
 }
 
-// Columns d to d + kLanes * V of the gradient of up to kTile tokens. `grad` is `stride` apart.
+// Columns d to d + kLanes * V of the gradient of up to kTile tokens. `grad` is `stride` apart; `along` of each token is
+// the share of the token itself in its gradient, or null.
 template <int V, typename T>
 void grad_hidden_tile(const ScoresCall& call, const float* grad, int64_t stride, const float* along, const T* x, T* out,
                       int num_tokens, int64_t d) {
     const int64_t S = call.slots, D = call.width;
-    Vector total[kTile][V];
-    for (int i = 0; i < kTile; ++i)
-        for (int v = 0; v < V; ++v)
-            total[i][v] = along[i] * load_vector(x + std::min(i, num_tokens - 1) * D + d + v * kLanes);
+    Vector total[kTile][V] = {};
+    if (along != nullptr)
+        for (int i = 0; i < num_tokens; ++i)
+            for (int v = 0; v < V; ++v) total[i][v] = along[i] * load_vector(x + i * D + d + v * kLanes);
     for (int64_t s = 0; s < S; ++s)
         for (int v = 0; v < V; ++v) {
             const Vector row = load_vector(call.rows + s * D + d + v * kLanes);
@@ -158,58 +165,62 @@ void grad_rows_tile(const ScoresCall& call, const float* grad, int64_t stride, c
         }
 }
 
+// `compute(V, d)` of all columns, V vectors from d on at a time.
+template <typename Compute>
+void for_columns(int64_t width, const Compute& compute) {
+    int64_t d = 0;
+    for (; d + kSlots <= width; d += kSlots) compute(std::integral_constant<int, kVectors>(), d);
+    for (; d < width; d += kLanes) compute(std::integral_constant<int, 1>(), d);
+}
+
 template <typename T>
 void backward(const ScoresCall& call, int64_t part) {
     const int64_t S = call.slots, D = call.width, stride = (S + kTile - 1) / kTile * kTile;
     const int64_t first = call.tokens * part / call.parts, last = call.tokens * (part + 1) / call.parts;
-    float* grad_rows = call.grad_rows + part * S * D;
-    std::fill(grad_rows, grad_rows + S * D, 0.0f);
+    const bool are_cosines = call.lengths != nullptr;
+    float* grad_rows = call.grad_rows == nullptr ? nullptr : call.grad_rows + part * S * D;
+    if (grad_rows != nullptr) std::fill(grad_rows, grad_rows + S * D, 0.0f);
     std::vector<float> grad(kTokensPerBlock * stride), along(kTokensPerBlock);
     for (int64_t begin = first; begin < last; begin += kTokensPerBlock) {
         const int64_t n = std::min(kTokensPerBlock, last - begin);
         for (int64_t t = 0; t < n; ++t) {
             const float* given = call.grad + (begin + t) * S;
-            const float length = call.lengths == nullptr ? 1.0f : call.lengths[begin + t];
-            for (int64_t s = 0; s < S; ++s) grad[t * stride + s] = given[s] / length;
-            if (call.lengths == nullptr) continue;
+            const float divisor = are_cosines ? call.lengths[begin + t] : 1.0f;
+            for (int64_t s = 0; s < S; ++s) grad[t * stride + s] = given[s] / divisor;
+            if (!are_cosines) continue;
             float total = 0.0f;
             for (int64_t s = 0; s < S; ++s) total += grad[t * stride + s] * call.scores[(begin + t) * S + s];
-            along[t] = -total / length;  // d cos(x, w) / dx = w / |x| - cos(x, w) x / |x|^2
+            along[t] = -total / divisor;  // d cos(x, w) / dx = w / |x| - cos(x, w) x / |x|^2
         }
         const T* x = static_cast<const T*>(call.hidden) + begin * D;
         T* out = static_cast<T*>(call.grad_hidden) + begin * D;
-        const int64_t in_pairs = D - D % (2 * kLanes);
-        for (int64_t t = 0; t < n; t += kTile) {
-            const auto tile = [&](auto compute, int64_t d) {
-                compute(call, &grad[t * stride], stride, &along[t], x + t * D, out + t * D,
-                        static_cast<int>(std::min<int64_t>(kTile, n - t)), d);
-            };
-            for (int64_t d = 0; d < in_pairs; d += 2 * kLanes) tile(grad_hidden_tile<2, T>, d);
-            if (in_pairs < D) tile(grad_hidden_tile<1, T>, in_pairs);
-        }
-        for (int64_t s = 0; s < S; s += kTile) {
-            const auto tile = [&](auto compute, int64_t d) {
-                compute(call, &grad[s], stride, x, n, grad_rows + s * D,
-                        static_cast<int>(std::min<int64_t>(kTile, S - s)), d);
-            };
-            for (int64_t d = 0; d < in_pairs; d += 2 * kLanes) tile(grad_rows_tile<2, T>, d);
-            if (in_pairs < D) tile(grad_rows_tile<1, T>, in_pairs);
-        }
+        if (call.grad_hidden != nullptr)
+            for (int64_t t = 0; t < n; t += kTile)
+                for_columns(D, [&](auto vectors, int64_t d) {
+                    grad_hidden_tile<vectors.value>(call, &grad[t * stride], stride, are_cosines ? &along[t] : nullptr,
+                                                    x + t * D, out + t * D, std::min<int64_t>(kTile, n - t), d);
+                });
+        if (grad_rows != nullptr)
+            for_columns(D, [&](auto vectors, int64_t d) {
+                for (int64_t s = 0; s < S; s += kTile)
+                    grad_rows_tile<vectors.value>(call, &grad[s], stride, x, n, grad_rows + s * D,
+                                                  std::min<int64_t>(kTile, S - s), d);
+            });
     }
 }
 
 }  // namespace
 
-#define DEFINE(suffix, T)                                                                                     \
-    extern "C" int gate_scores_##suffix(const ScoresCall* call) {                                                   \
-        const auto compute = [&](int64_t first, int64_t last) { forward<T>(*call, first, last); };            \
-        return for_ranges(call->parallel_for, call->tokens, kTokensPerBlock, compute);                         \
-    }                                                                                                         \
-    extern "C" int gate_scores_backward_##suffix(const ScoresCall* call) {                                          \
-        const auto compute = [&](int64_t first, int64_t last) {                                               \
-            for (int64_t part = first; part < last; ++part) backward<T>(*call, part);                         \
-        };                                                                                                    \
-        return for_ranges(call->parallel_for, call->parts, 1, compute);                                       \
+#define DEFINE(suffix, T)                                                                          \
+    extern "C" int gate_scores_##suffix(const ScoresCall* call) {                                  \
+        const auto compute = [&](int64_t first, int64_t last) { forward<T>(*call, first, last); }; \
+        return for_ranges(call->parallel_for, call->tokens, kTokensPerBlock, compute);             \
+    }                                                                                              \
+    extern "C" int gate_scores_backward_##suffix(const ScoresCall* call) {                         \
+        const auto compute = [&](int64_t first, int64_t last) {                                    \
+            for (int64_t part = first; part < last; ++part) backward<T>(*call, part);              \
+        };                                                                                         \
+        return for_ranges(call->parallel_for, call->parts, 1, compute);                            \
     }
 
 DEFINE(float32, float)

@@ -11,7 +11,10 @@ from torch import Tensor
 from . import build
 from .torch_cpu import DTYPES, may_compute, torch_cpu
 
-_LANES = 16
+_PADDING = 16
+_MOST_SLOTS = 128
+"""With as many cosines took 0.8 (AVX-512) to 1.1 (AVX2) of torch's time: its products are in blocks of rows, too."""
+
 _TOKENS_PER_PART = 32  # at least
 
 
@@ -28,58 +31,68 @@ class _Call(ctypes.Structure):
 
 
 def can_compute_gate_scores(hidden: Tensor, rows: Tensor) -> bool:
-    """Whether `gate_scores` can work on these tensors, and may: with `auto` alone.
+    """Whether the functions here can work on these tensors, and may: with `auto` alone.
 
-    It takes contiguous tokens [T, D] in float32 or bfloat16 and rows [S, D] in float32, on a CPU, D a multiple of 16.
+    They take contiguous tokens [T, D] in float32 or bfloat16 and at most 128 rows [S, D] in float32, on a CPU, D a
+    multiple of 16.
     """
     return _are_taken(hidden, rows) and may_compute()
 
 
-def gate_scores(hidden: Tensor, rows: Tensor, *, as_cosines: bool) -> tuple[Tensor, Tensor | None]:
-    """`hidden @ rows.T` [T, S] in float32, each token's divided by its length as_cosines; and these lengths [T].
-
-    Lengths of zero vectors are infinite.
-    """
+def gate_scores(hidden: Tensor, rows: Tensor) -> Tensor:
+    """`hidden @ rows.T` [T, S] in float32. Raises: RuntimeError if torch's threads fail."""
     scores = rows.new_empty(len(hidden), len(rows))
-    lengths = rows.new_empty(len(hidden)) if as_cosines else None
-    columns = F.pad(rows.T, (0, -len(rows) % _LANES)).contiguous()
-    _run("gate_scores", hidden, rows, scores, lengths, columns=columns)
+    _run("gate_scores", hidden, rows, scores=scores, columns=_columns(rows))
+    return scores
+
+
+def gate_cosines(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [T, S], each divided by the length of its token, and these lengths [T]: infinite for zero vectors.
+
+    Raises: RuntimeError if torch's threads fail.
+    """
+    scores, lengths = rows.new_empty(len(hidden), len(rows)), rows.new_empty(len(hidden))
+    _run("gate_scores", hidden, rows, scores=scores, lengths=lengths, columns=_columns(rows))
     return scores, lengths
 
 
 def gate_scores_backward(
-    grad: Tensor, hidden: Tensor, rows: Tensor, scores: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and rows from `grad` [T, S], contiguous; scores and lengths of cosines as they came out."""
-    parts = max(1, min(torch.get_num_threads(), len(hidden) // _TOKENS_PER_PART))
-    grad_hidden, grad_rows = torch.empty_like(hidden), rows.new_empty(parts, *rows.shape)
-    gradients = {"grad": grad, "grad_hidden": grad_hidden, "grad_rows": grad_rows}
-    _run("gate_scores_backward", hidden, rows, scores, lengths, parts=parts, **gradients)
-    return grad_hidden, grad_rows.sum(0)
+    grad: Tensor, hidden: Tensor, rows: Tensor, cosines: tuple[Tensor, Tensor] | None, wants: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those gradients of hidden and rows that are wanted, from `grad` [T, S].
+
+    cosines: what `gate_cosines` gave; None for the gradients of `gate_scores`. Raises: RuntimeError if torch's threads
+    fail.
+    """
+    parts = min(torch.get_num_threads(), len(hidden) // max(_TOKENS_PER_PART, len(rows))) or 1
+    scores, lengths = cosines or (None, None)
+    grad_hidden = torch.empty_like(hidden) if wants[0] else None
+    grad_rows = rows.new_empty(parts, *rows.shape) if wants[1] else None
+    gradients = {"grad": grad.contiguous(), "grad_hidden": grad_hidden, "grad_rows": grad_rows}
+    _run("gate_scores_backward", hidden, rows, scores=scores, lengths=lengths, parts=parts, **gradients)
+    if grad_rows is None:
+        return grad_hidden, None
+    return grad_hidden, grad_rows[0] if parts == 1 else grad_rows.sum(0)
 
 
 def _are_taken(hidden: Tensor, rows: Tensor) -> bool:
     return (
         hidden.dtype in DTYPES
         and rows.dtype == torch.float32
-        and hidden.shape[1] % _LANES == 0
+        and 1 <= len(rows) <= _MOST_SLOTS
+        and hidden.shape[1] % _PADDING == 0
         and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (hidden, rows))
     )
 
 
-def _run(
-    name: str,
-    hidden: Tensor,
-    rows: Tensor,
-    scores: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    parts: int = 0,
-    **others: Tensor,
-) -> None:
+def _columns(rows: Tensor) -> Tensor:
+    return F.pad(rows.T, (0, -len(rows) % _PADDING)).contiguous()
+
+
+def _run(name: str, hidden: Tensor, rows: Tensor, *, parts: int = 0, **others: Tensor | None) -> None:
     """Call the function of that name."""
-    given = {"hidden": hidden, "rows": rows, "scores": scores, "lengths": lengths, **others}
-    tensors = {field: tensor for field, tensor in given.items() if tensor is not None}
+    tensors = {"hidden": hidden, "rows": rows}
+    tensors |= {field: tensor for field, tensor in others.items() if tensor is not None}
     _check(tensors)
     of_torch = torch_cpu()
     assert of_torch is not None
@@ -92,7 +105,7 @@ def _run(
         **{field: tensor.data_ptr() for field, tensor in tensors.items()},
     )
     if getattr(build.library(), f"{name}_{DTYPES[hidden.dtype]}")(ctypes.byref(call)) != 0:
-        raise RuntimeError("torch could not compute gate scores on the CPU: its threads, or memory for them, failed.")
+        raise RuntimeError("torch could not compute gate scores on the CPU.")
 
 
 def _check(tensors: dict[str, Tensor]) -> None:
@@ -100,14 +113,13 @@ def _check(tensors: dict[str, Tensor]) -> None:
     (num_tokens, width), num_slots = tensors["hidden"].shape, len(tensors["rows"])
     shapes = {
         "rows": (num_slots, width),
-        "columns": (width, num_slots + -num_slots % _LANES),
+        "columns": (width, num_slots + -num_slots % _PADDING),
         "scores": (num_tokens, num_slots),
         "lengths": (num_tokens,),
         "grad": (num_tokens, num_slots),
     }
     assert _are_taken(tensors["hidden"], tensors["rows"])
-    for field, tensor in tensors.items():
-        if field not in shapes:
-            continue
+    for field in (field for field in shapes if field in tensors):
+        tensor = tensors[field]
         assert tensor.shape == shapes[field], (field, tensor.shape, shapes[field])
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), (field, tensor.dtype, tensor.stride())

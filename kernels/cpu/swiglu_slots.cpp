@@ -12,7 +12,6 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "numbers.h"
 #include "threads.h"
 
 using Handle = void*;
@@ -42,6 +41,28 @@ struct Call {
 };
 
 namespace {
+
+float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float load(float value) { return value; }
+float load(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+
+void store(float value, float* place) { *place = value; }
+void store(float value, uint16_t* place) {
+    uint32_t bits = float_to_bits(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    *place = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
 
 // e^x to about a unit in the last place; at least e^-87, and infinite above e^88. A polynomial instead of std::exp, which
 // compilers do not vectorise everywhere.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import dynmoe_kernels as kernels
 from dynmoe_ds.experts import build_experts
 from dynmoe_kernels.cpu import build
 from tests.helpers.reference import ACTIVATIONS
-from tests.kernels.cases import Draw, assert_rounded_once, by_autograd
+from tests.kernels.cases import Draw, assert_rounded_once, by_autograd, check_gates
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +123,20 @@ def test_a_library_is_compiled_once_and_found_again(
     monkeypatch.setattr(build, "_processor", lambda: "another one")
     build._load.cache_clear()
     assert build.obstacle() is None and len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of that kind")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_scores_on_processors_without_avx512(
+    dtype: torch.dtype, no_library_yet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles have another shape there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}")
+    flags = ["-march=x86-64-v3" if flag == "-march=native" else flag for flag in build.FLAGS]
+    monkeypatch.setattr(build, "FLAGS", flags)
+    for width, num_slots in ((16, 3), (48, 19), (544, 33)):
+        check_gates("cpu", dtype, 70, width, num_slots, is_transposed=False)
+    assert b"zmm" not in subprocess.check_output(["objdump", "-d", *(tmp_path / "dynmoe_ds").iterdir()])
 
 
 def broken_compiler(folder: Path) -> Path:
