@@ -10,7 +10,7 @@ help:
 	@echo "make setup      create $(VENV) and install everything (does nothing when it is up to date)"
 	@echo "make demo       train the demo on 2 ranks and write its report (about 5 minutes)"
 	@echo "make demo-vl    train a vision-language model in three stages, and dense and as top-2 beside it (about 9 minutes)"
-	@echo "make test       lint, types and all tests (about 70 minutes on 2 cores)"
+	@echo "make test       lint, types and all tests (about half an hour on 2 cores)"
 	@echo "make test-cluster  launches on a real Slurm and on two virtual hosts (root and Debian packages needed)"
 	@echo "make test-browser  reports and \`dynmoe watch\` in a headless Chromium (also part of make test where there is one)"
 	@echo "make test-docker   builds the images and runs them, with two hosts by compose (root and Debian packages needed)"
