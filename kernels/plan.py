@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu.plan import can_compute_plan, plan_cpu
 from .selection import use_triton
 
 
@@ -45,6 +46,8 @@ def plan(mask: Tensor, num_rows: int | None) -> PlanIndices:
         from .jit.plan import launch_plan
 
         return PlanIndices(**launch_plan(mask, num_rows))
+    if num_rows is None and can_compute_plan(mask):
+        return PlanIndices(**plan_cpu(mask))
     return plan_torch(mask, num_rows)
 
 
