@@ -46,8 +46,8 @@ def plan(mask: Tensor, num_rows: int | None) -> PlanIndices:
         from .jit.plan import launch_plan
 
         return PlanIndices(**launch_plan(mask, num_rows))
-    if num_rows is None and can_compute_plan(mask):
-        return PlanIndices(**plan_cpu(mask))
+    if can_compute_plan(mask) and (fields := plan_cpu(mask, num_rows)) is not None:
+        return PlanIndices(**fields)
     return plan_torch(mask, num_rows)
 
 

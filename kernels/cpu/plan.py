@@ -29,8 +29,11 @@ def can_compute_plan(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and mask.is_contiguous() and may_compute()
 
 
-def plan_cpu(mask: Tensor) -> dict[str, Tensor]:
-    """The fields of the plan of mask [T, S] bool. Raises: RuntimeError if torch's threads fail."""
+def plan_cpu(mask: Tensor, num_rows: int | None) -> dict[str, Tensor] | None:
+    """The fields of the plan of mask [T, S] bool; None if it holds another number of pairs than `num_rows`.
+
+    Raises: RuntimeError if torch's threads fail.
+    """
     assert mask.dtype == torch.bool and mask.is_contiguous()
     num_tokens, num_slots = mask.shape
     parts = min(torch.get_num_threads(), mask.numel() // _PAIRS_PER_PART) or 1
@@ -47,8 +50,10 @@ def plan_cpu(mask: Tensor) -> dict[str, Tensor]:
     )
     _run("plan_count", call)
     rows_per_slot = counts[0] if parts == 1 else counts.sum(0)
-    num_rows = int(rows_per_slot.sum())
-    sizes = dict.fromkeys(("token_index", "pair_index", "row_index", "entry_index"), num_rows)
+    num_pairs = int(rows_per_slot.sum())
+    if num_rows not in (None, num_pairs):
+        return None
+    sizes = dict.fromkeys(("token_index", "pair_index", "row_index", "entry_index"), num_pairs)
     indices = {}
     for name, size in (sizes | {"first_row": num_tokens + 1}).items():
         indices[name] = torch.empty(size, dtype=torch.int64)

@@ -88,12 +88,21 @@ def test_a_mask_that_is_a_view(calls: list[int]) -> None:
     assert len(calls) == 1
 
 
-def test_torch_plans_where_it_was_chosen_and_where_rows_are_bounded(calls: list[int]) -> None:
-    mask = random_mask(30, 12, 0.3)
-    kernels.plan(mask, int(mask.sum()) + 5)
+def test_torch_plans_where_it_was_chosen(calls: list[int]) -> None:
     with kernels.forced_kernels("torch"):
-        kernels.plan(mask, None)
+        kernels.plan(random_mask(30, 12, 0.3), None)
     assert calls == []
+
+
+@pytest.mark.parametrize("num_tokens", [0, 30])
+def test_torch_plans_where_there_is_another_number_of_rows_than_of_pairs(num_tokens: int, calls: list[int]) -> None:
+    mask = random_mask(num_tokens, 12, 0.3)
+    num_pairs = int(mask.sum())
+    assert_equal(kernels.plan(mask, num_pairs), plan_torch(mask, num_pairs))
+    assert calls == [1]
+    for num_rows in {max(num_pairs - 3, 0), num_pairs + 5} - {num_pairs}:
+        assert_equal(kernels.plan(mask, num_rows), plan_torch(mask, num_rows))
+    assert calls == [1]
 
 
 def test_failing_threads_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,4 +111,4 @@ def test_failing_threads_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(MODULE.build, "library", lambda: Failing)
     with pytest.raises(RuntimeError, match="torch could not compute a dispatch plan"):
-        MODULE.plan_cpu(random_mask(3, 4, 0.5))
+        MODULE.plan_cpu(random_mask(3, 4, 0.5), None)
