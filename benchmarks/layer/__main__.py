@@ -3,9 +3,11 @@
     python -m benchmarks.layer                                   # the default cells, about half an hour on 2 cores
     python -m benchmarks.layer --experts 16 64 --k 2 4 --routing skewed --dtype bfloat16     # all combinations of these
 
-docs/results/layer_targets has the cells that the targets name: `--experts 16 --k 2 6 --routing uniform skewed --dtype
-float32 bfloat16 --without-peers --rounds 16`, 8 minutes; docs/results/layer_tokens has four times the tokens: `--experts 16
---k 2 6 --routing uniform --dtype float32 bfloat16 --tokens 8192`, 15 minutes.
+Pages beside the one of the default cells:
+docs/results/layer_targets, the cells that the targets name, 8 minutes: `--experts 16 --k 2 6 --routing uniform skewed
+--dtype float32 bfloat16 --without-peers --rounds 16`
+docs/results/layer_tokens, four times the tokens, 15 minutes: `--experts 16 --k 2 6 --routing uniform --dtype float32
+bfloat16 --tokens 8192`
 
 A cell is a number of experts, a mean k, a routing and a dtype. All candidates of a cell have experts of equal sizes and
 values and, as far as their routers allow, equal loads. Before a cell is timed, the peers that route as ours does must
